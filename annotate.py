@@ -102,7 +102,7 @@ GESTURES = {
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="label or prediction records (.jsonl) or Live Link Face takes (.csv); none: the demo")
-    parser.add_argument("--demo", type=int, default=12_000, help="faces to draw when no INPUT is given, one identity in twelve for validation (default %(default)s)")
+    parser.add_argument("--demo", type=int, default=16_000, help="faces to draw when no INPUT is given, one identity in twelve for validation (default %(default)s)")
     parser.add_argument("--frames", help="folder of the take's pictures, one for each CSV row in sorted order")
     parser.add_argument("--out", help="file to write, or folder with --demo or --render (default data/demo, INPUT.annotated.jsonl, INPUT.avatars)")
     parser.add_argument("--render", action=argparse.BooleanOptionalAction, default=False, help="draw the face of every record: a prediction becomes an avatar")

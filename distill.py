@@ -14,9 +14,11 @@ Writes: a folder that transformers loads as it stands (config.json, model.safete
 Shapes: B images in a batch, T tokens, P image patches, D width, V vocabulary, N supervised tokens, C = 52 coefficients.
 """
 import argparse
+import itertools
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -36,9 +38,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Constants
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 # The 52 names in Live Link Face column order; the same block stands in every script.
 ARKIT_NAMES = [
@@ -60,13 +62,17 @@ ARCHITECTURES = ["qwen3_vl", "qwen2_5_vl"]
 
 # DIFFERS FROM PAPER: braces, names and quotes weigh less than what the picture decides. They are learnt within a few steps.
 SKELETON_WEIGHT = 0.2
+SKELETON, TEXT, NUMBER = 0, 1, 2  # kinds of tokens
+HIDDEN = {TEXT: (0.3, 0.1), NUMBER: (1.0, 0.1)}  # share hidden by --grounding at the first and at the last step
+NUMERIC_SHARE = 0.8  # of the steps, until which --grounding mixes in answers without description
 TOWER_BATCH = 2  # the tower's steps are short: twice the images at a time
 WARMUP_STEPS = 30
+WORKERS = 2  # processes that prepare pictures and tokens
 VAL_RECORDS = 128  # of the validation loss, which only watches over the run: evaluate.py measures
 
 # Flags that are not given take the values for the tiny model or those for a pretrained one.
-TINY = {"steps": 1800, "tower_steps": 2000, "lr": 1e-3, "word_dropout": 1.0, "max_pixels": 64 * 64}
-PRETRAINED = {"steps": 2000, "tower_steps": 0, "lr": 1e-5, "word_dropout": 0.0, "max_pixels": 512 * 512}
+TINY = {"steps": 1800, "tower_steps": 2000, "lr": 1e-3, "grounding": True, "max_pixels": 64 * 64}
+PRETRAINED = {"steps": 2000, "tower_steps": 0, "lr": 1e-5, "grounding": False, "max_pixels": 512 * 512}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -85,8 +91,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="images per forward pass (default %(default)s)")
     add("--grad-accum", type=int, default=1, help="forward passes per optimizer step (default %(default)s)")
     add("--lr", type=float, help=f"peak learning rate {both.format(TINY['lr'], PRETRAINED['lr'])}")
-    add("--word-dropout", type=float, help=f"share of the answer hidden from the model at first, falling to a tenth of it "
-                                           f"{both.format(TINY['word_dropout'], PRETRAINED['word_dropout'])}")
+    add("--grounding", action=argparse.BooleanOptionalAction, default=None,
+        help="hide words and phase the description in, so that the model learns to look (default: for tiny only)")
     add("--max-pixels", type=int, help=f"pixels that an image is scaled to {both.format(TINY['max_pixels'], PRETRAINED['max_pixels'])}")
     add("--save-every", type=int, default=500, help="steps between saves and validation losses (default %(default)s)")
     add("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with the unfinished run in --out")
@@ -98,9 +104,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Data: records -> token ids with supervision
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
     """Reads annotated records. Raises SystemExit naming the line when one cannot be used; a torn last line is left out and said."""
@@ -165,7 +171,7 @@ def answer_skeleton(supervision: str) -> list[tuple]:
 
 
 class FaceDataset(Dataset):
-    """Record -> pixel_values (P, channels * patch), image_grid_thw (1, 3), input_ids (T), labels (T), weights (T).
+    """(index, supervision) -> pixel_values (P, channels * patch), image_grid_thw (1, 3), input_ids (T), labels (T), weights (T), kinds (T).
 
     The labels are IGNORE_INDEX on the prompt: exactly the answer and its end token are supervised. Pieces are tokenised one by one,
     so that the boundaries are those of decoding, where the skeleton is fed and only the slots are generated.
@@ -175,7 +181,9 @@ class FaceDataset(Dataset):
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
         self.merge = image_processor.merge_size ** 2
         self.size = {"shortest_edge": args.max_pixels, "longest_edge": args.max_pixels}
-        self.skeleton = [(self.encode(text), slot) for text, slot in answer_skeleton(args.supervision)]
+        self.supervision = args.supervision
+        self.skeletons = {supervision: [(self.encode(text), slot) for text, slot in answer_skeleton(supervision)]
+                          for supervision in ("semantic", "numeric")}
         self.values = {value: self.encode(value) for value in VALUES}
 
     def encode(self, text: str) -> list[int]:
@@ -184,50 +192,49 @@ class FaceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def encode_answer(self, record: dict) -> tuple[list[int], list[float], list[bool]]:
-        """Token ids of the answer with its end token, their loss weights, and which of them fill a slot."""
-        ids, weights, free = [], [], []
+    def encode_answer(self, record: dict, supervision: str) -> tuple[list[int], list[float], list[int]]:
+        """Token ids of the answer with its end token, their loss weights, and their kind: SKELETON, TEXT or NUMBER."""
+        ids, weights, kinds = [], [], []
         previous = None
-        for skeleton_ids, slot in self.skeleton:
+        for skeleton_ids, slot in self.skeletons[supervision]:
             # The token that closes a text is undecided too: the model says when the text ends.
             weights += [1.0 if previous in FIELDS else SKELETON_WEIGHT] + [SKELETON_WEIGHT] * (len(skeleton_ids) - 1)
-            slot_ids = []
             if slot in FIELDS:
                 slot_ids = self.encode(json.dumps(record["description"][slot], ensure_ascii=False)[1:-1])
-            elif slot:
-                slot_ids = self.values[f"{record['coefficients'][slot]:.1f}"]
+            else:
+                slot_ids = self.values[f"{record['coefficients'][slot]:.1f}"] if slot else []
             weights += [1.0] * len(slot_ids)
-            free += [False] * len(skeleton_ids) + [True] * len(slot_ids)
+            kinds += [SKELETON] * len(skeleton_ids) + [TEXT if slot in FIELDS else NUMBER] * len(slot_ids)
             ids += skeleton_ids + slot_ids
             previous = slot
-        return ids + [self.tokenizer.eos_token_id], weights + [SKELETON_WEIGHT], free + [False]
+        return ids + [self.tokenizer.eos_token_id], weights + [SKELETON_WEIGHT], kinds + [SKELETON]
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, key: tuple[int, str]) -> dict:
+        index, supervision = key
         record = self.records[index]
         pixels = self.image_processor([open_image(record["image"])], size=self.size, return_tensors="pt")
         image_tokens = int(pixels["image_grid_thw"].prod()) // self.merge
         prompt_ids = self.encode(prompt_text(PROMPT, image_tokens))
-        answer_ids, weights, free = self.encode_answer(record)
+        answer_ids, weights, kinds = self.encode_answer(record, supervision)
         return {
             "pixel_values": pixels["pixel_values"],
             "image_grid_thw": pixels["image_grid_thw"],
             "input_ids": torch.tensor(prompt_ids + answer_ids),
             "labels": torch.tensor([IGNORE_INDEX] * len(prompt_ids) + answer_ids),
             "weights": torch.tensor([0.0] * len(prompt_ids) + weights),
-            "free": torch.tensor([False] * len(prompt_ids) + free),
+            "kinds": torch.tensor([SKELETON] * len(prompt_ids) + kinds),
             "coefficients": torch.tensor([record["coefficients"][name] for name in ARKIT_NAMES]),
         }
 
     def collate(self, items: list[dict]) -> dict:
-        """Pads on the right: input_ids, attention_mask, labels, weights, free are (B, T); pixel_values are all images' patches (P, ...)."""
+        """Pads on the right: input_ids, labels, weights and kinds are (B, T); pixel_values holds the patches of all images (P, ...)."""
         pad = nn.utils.rnn.pad_sequence
         input_ids = pad([item["input_ids"] for item in items], batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return {
             "input_ids": input_ids,
-            "attention_mask": pad([torch.ones_like(item["input_ids"]) for item in items], batch_first=True),
             "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORE_INDEX),
             "weights": pad([item["weights"] for item in items], batch_first=True),
-            "free": pad([item["free"] for item in items], batch_first=True),
+            "kinds": pad([item["kinds"] for item in items], batch_first=True),
             "mm_token_type_ids": (input_ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).long(),
             "pixel_values": torch.cat([item["pixel_values"] for item in items]),
             "image_grid_thw": torch.cat([item["image_grid_thw"] for item in items]),
@@ -245,9 +252,33 @@ def batch_indices(count: int, batch_size: int, seed: int, start: int, stop: int)
         yield order[place * batch_size:(place + 1) * batch_size]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def step_batches(dataset: FaceDataset, args: argparse.Namespace, start: int):
+    """Yields the list of batches of one optimizer step after another, from step `start` on: the tower's steps, then the language model's."""
+    first = max(start - args.tower_steps, 0) * args.grad_accum
+    tower = batch_indices(len(dataset), TOWER_BATCH * args.batch_size, args.seed, start, args.tower_steps)
+    language = batch_indices(len(dataset), args.batch_size, args.seed + 1, first, args.steps * args.grad_accum)
+    tower_keys = [[(index, "numeric") for index in batch] for batch in tower]
+    language_keys = [[(index, choose_supervision(args, number, place)) for place, index in enumerate(batch)]
+                     for number, batch in enumerate(language, first)]
+    for keys, count in ((tower_keys, 1), (language_keys, args.grad_accum)):
+        batches = iter(DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate, num_workers=WORKERS))
+        while step := list(itertools.islice(batches, count)):
+            yield step
+
+
+def choose_supervision(args: argparse.Namespace, batch: int, place: int) -> str:
+    """With --grounding, the description phases in: at first all answers are numbers only, after NUMERIC_SHARE of the batches none is.
+
+    A coefficient's name says where to look, a sentence does not; numbers teach the decoder to read the picture in fewer, shorter steps.
+    """
+    progress = batch / (args.steps * args.grad_accum)
+    lot = random.Random(f"{args.seed} {batch} {place}").random()
+    return "numeric" if args.grounding and lot > progress / NUMERIC_SHARE else args.supervision
+
+
+# ---------------------------------------------------------------------------------------------------
 # Model
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer for `texts` with Qwen-VL's special tokens: any text encodes, and what recurs is one token.
@@ -274,12 +305,13 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def build_tiny(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
     """The Qwen3-VL architecture at a million parameters: tower and decoder of 3 layers, D = 96, 64 patches of 8 x 8 pixels, 16 image tokens."""
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4,
+    # Weights start at about 1 / sqrt(D); the library's 0.02 suits widths of thousands and learns slowly here.
+    text = {"vocab_size": len(tokenizer), "hidden_size": 96, "initializer_range": 0.08, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_key_value_heads": 4, "head_dim": 24, "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 4, 4], "mrope_interleaved": True}}
     vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 288, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2,
-              "out_hidden_size": 96, "num_position_embeddings": 64, "deepstack_visual_indexes": [1]}
+              "out_hidden_size": 96, "num_position_embeddings": 64, "initializer_range": 0.04, "deepstack_visual_indexes": [1]}
     config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["image_pad"],
                            video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
     return Qwen3VLForConditionalGeneration(config)
@@ -330,13 +362,14 @@ class RegressionHead(nn.Module):
         return self.scale * means @ names.T + self.bias
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Training
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy in nats and weight of each supervised token, (N,) each. Logits are computed at supervised positions only."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")}
+    inputs = {name: batch[name] for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")}
+    # No attention mask: padding stands on the right, where a causal model does not look.
     hidden = model.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
     supervised = batch["labels"][:, 1:] != IGNORE_INDEX  # (B, T-1): position t predicts token t + 1
     logits = model.lm_head(hidden[:, :-1][supervised])  # (N, V)
@@ -344,15 +377,18 @@ def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Ten
     return losses, batch["weights"][:, 1:][supervised]
 
 
-def hide_words(batch: dict, rate: float, pad_id: int, seed: int) -> dict:
-    """Word dropout (Bowman et al. 2016, Sec. 3.1): replaces a share of the answer's own words and digits, as inputs, by padding.
+def hide_words(batch: dict, progress: float, pad_id: int, seed: int) -> dict:
+    """Word dropout (Bowman et al. 2016, Sec. 3.1): replaces a share of the answer's own words and numbers, as inputs, by padding.
 
-    Left alone, a decoder predicts each word from the words before it and never learns to look at the picture; and digits that were
-    trained behind a perfect description lean on it, though at inference it is the model's own. Starting with everything hidden, the
-    picture is the only source; what remains hidden at the end keeps the digits from trusting the words blindly. Labels are untouched.
+    Left alone, a decoder predicts each word from the words before it and never learns to look at the picture; and numbers trained behind
+    a perfect description lean on it, though at inference it is the model's own. While all numbers are hidden, the picture is their only
+    source; the share that stays hidden to the end keeps them from trusting what stands before. Labels are untouched.
     """
-    generator = torch.Generator().manual_seed(seed)
-    hidden = (torch.rand(batch["input_ids"].shape, generator=generator) < rate).to(batch["free"].device) & batch["free"]
+    rates = torch.zeros(3)
+    for kind, (first, last) in HIDDEN.items():
+        rates[kind] = first + (last - first) * progress
+    lots = torch.rand(batch["kinds"].shape, generator=torch.Generator().manual_seed(seed))
+    hidden = lots.to(batch["kinds"].device) < rates.to(batch["kinds"].device)[batch["kinds"]]  # (B, T)
     return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, pad_id)}
 
 
@@ -365,7 +401,6 @@ def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int,
     """Forward and backward over the `batches` of one optimizer step. Returns the loss: squared error, then nats per weighted token."""
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     total_weight = sum(float(batch["weights"][:, 1:].sum()) for batch in batches)
-    rate = args.word_dropout * (1 - 0.9 * (step - args.tower_steps) / args.steps)
     total = 0.0
     for number, batch in enumerate(batches):
         batch = {name: tensor.to(args.device, non_blocking=True) for name, tensor in batch.items()}
@@ -373,7 +408,10 @@ def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int,
             if step < args.tower_steps:
                 loss = F.mse_loss(head(model, batch), batch["coefficients"]) / len(batches)
             else:
-                losses, weights = token_losses(model, hide_words(batch, rate, pad_id, seed=args.seed * 1_000_003 + step * 101 + number))
+                if args.grounding:
+                    seed = args.seed * 1_000_003 + step * 101 + number
+                    batch = hide_words(batch, (step - args.tower_steps) / args.steps, pad_id, seed)
+                losses, weights = token_losses(model, batch)
                 loss = (losses * weights).sum() / total_weight
         loss.backward()
         total += loss.item()
@@ -392,6 +430,22 @@ def validate(model: nn.Module, head: nn.Module, loader: DataLoader, args: argpar
         nats, weight_sum = nats + float((losses * weights).sum()), weight_sum + float(weights.sum())
     model.train()
     return {"val_loss": nats / weight_sum, "tower_rmse": float(torch.cat(squared).mean().sqrt())}
+
+
+def estimate_seconds(model: nn.Module, head: nn.Module, dataset: FaceDataset, args: argparse.Namespace, start: int) -> float:
+    """Seconds that the steps from `start` on will take, from three measured steps of either kind; no weight changes."""
+    seconds = 0.0
+    for first, end in ((0, args.tower_steps), (args.tower_steps, args.tower_steps + args.steps)):
+        if start < end > first:
+            batches = next(step_batches(dataset, args, first))
+            step_loss(model, head, batches, first, args, dataset.tokenizer.pad_token_id)
+            begun = time.time()
+            for _ in range(3):
+                step_loss(model, head, batches, first, args, dataset.tokenizer.pad_token_id)
+            seconds += (time.time() - begun) / 3 * (end - max(start, first))
+    model.zero_grad()
+    head.zero_grad()
+    return seconds
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -442,8 +496,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("steps", "batch_size", "grad_accum", "save_every", "max_pixels", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a whole number of at least 1")
-    if args.tower_steps < 0 or args.lr <= 0 or not 0 <= args.word_dropout <= 1:
-        raise SystemExit(f"--tower-steps {args.tower_steps}, --lr {args.lr}, --word-dropout {args.word_dropout}: expected at least 0, above 0, and 0 to 1")
+    if args.tower_steps < 0 or args.lr <= 0:
+        raise SystemExit(f"--tower-steps {args.tower_steps}, --lr {args.lr}: expected at least 0, and above 0")
     out = Path(args.out)
     if (out / "run.json").is_file():
         raise SystemExit(f"--out {out} holds a finished run; choose another --out, delete the folder, or use it: python infer.py --model {out}")
@@ -472,8 +526,10 @@ def main(args: argparse.Namespace) -> None:
     val_records = read_records(val, args.supervision, VAL_RECORDS) if args.val or val.is_file() else []
     model, tokenizer, image_processor = load_model(args, records)
     dataset = FaceDataset(records, tokenizer, image_processor, args)
-    val_loader = DataLoader(FaceDataset(val_records, tokenizer, image_processor, args), 16, collate_fn=dataset.collate)
-    name_ids = [ids[-1] for ids, slot in dataset.skeleton if slot in ARKIT_NAMES]
+    val_set = FaceDataset(val_records, tokenizer, image_processor, args)
+    val_keys = [(index, args.supervision) for index in range(len(val_records))]
+    val_loader = DataLoader(val_set, batch_sampler=[val_keys[k:k + 16] for k in range(0, len(val_keys), 16)], collate_fn=dataset.collate)
+    name_ids = [ids[-1] for ids, slot in dataset.skeletons["numeric"] if slot in ARKIT_NAMES]
     head = RegressionHead(name_ids)
     model.to(args.device).train()
     head.to(args.device)
@@ -483,7 +539,7 @@ def main(args: argparse.Namespace) -> None:
         model.model.visual.requires_grad_(False)  # Sec. 3.2: a pretrained vision encoder stays frozen
     language = [p for name, p in model.named_parameters() if p.requires_grad and ".visual." not in name] + list(head.parameters())
     groups = [{"params": language, "scale": 1.0}, {"params": [p for p in tower if p.requires_grad], "scale": 0.5}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "device", "save_every")}
     step, last = 0, args.tower_steps + args.steps
     if args.resume:
@@ -498,3 +554,49 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.model}: {total:,} parameters, {total - sum(p.numel() for p in model.parameters() if not p.requires_grad):,} trained")
     print(f"{len(records)} records, {len(val_records)} for validation, {args.supervision} answers")
     print(f"{args.tower_steps} steps of the tower, then {args.steps} of distillation, starting at {step}", flush=True)
+    print(f"estimated time: {estimate_seconds(model, head, dataset, args, step) / 60:.1f} minutes on this machine", flush=True)
+
+    started, losses, done = time.time(), [], step
+    bar = tqdm(total=last, initial=step, unit=" steps", disable=None)
+    try:
+        with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+            for batches in step_batches(dataset, args, step):
+                phase_step, phase_steps = (step, args.tower_steps) if step < args.tower_steps else (step - args.tower_steps, args.steps)
+                for group in optimizer.param_groups:
+                    scale = 1.0 if step < args.tower_steps else group["scale"]
+                    group["lr"] = args.lr * scale * schedule(phase_step, phase_steps)
+                losses.append(step_loss(model, head, batches, step, args, tokenizer.pad_token_id))
+                nn.utils.clip_grad_norm_(language + tower, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                bar.update()
+                if not math.isfinite(losses[-1]):
+                    raise SystemExit(f"the loss became {losses[-1]} at step {step}; lower --lr (now {args.lr}) and go on with --resume")
+                if step % 100 == 0 or step in (args.tower_steps, last):
+                    line = {"step": step, "loss": sum(losses) / len(losses), "lr": args.lr * schedule(phase_step, phase_steps)}
+                    if step % args.save_every == 0 or step in (args.tower_steps, last):
+                        line |= validate(model, head, val_loader, args) if val_records else {}
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                    losses = []
+                    bar.write(f"step {step:6d}/{last} | " + " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
+                if step % args.save_every == 0:
+                    save_state(out / "state.pt", settings, step, model, head, optimizer)
+    except KeyboardInterrupt:
+        bar.close()
+        save_state(out / "state.pt", settings, step, model, head, optimizer)
+        sys.exit(f"interrupted after step {step}; nothing is lost, go on with the same command and --resume")
+    bar.close()
+    run = {**settings, "prompt": PROMPT, "torch": torch.__version__, "transformers": transformers.__version__}
+    save_checkpoint(out, model.eval(), tokenizer, image_processor, run)
+    (out / "state.pt").unlink(missing_ok=True)
+    print(f"wrote {out} after {(time.time() - started) / 60:.1f} minutes")
+    print("next: python infer.py" + ("" if args.out == "runs/demo" else f" INPUT --model {out}"))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first step; nothing is lost, run the same command again")

@@ -1,0 +1,516 @@
+"""Tests of the four stages: CPU, no network. Run with: pytest test_all.py"""
+import ast
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import annotate
+import distill
+import evaluate
+import infer
+
+ROOT = Path(__file__).parent
+SCRIPTS = ["annotate", "distill", "infer", "evaluate"]
+NAMES = annotate.ARKIT_NAMES
+ZEROS = dict.fromkeys(NAMES, 0.0)
+
+
+def run_main(module, *args):
+    """Runs a stage as its command line would."""
+    module.main(module.parse_args([str(arg) for arg in args]))
+
+
+def write_jsonl(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_jsonl(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """A demo of 240 faces."""
+    folder = tmp_path_factory.mktemp("demo")
+    run_main(annotate, "--demo", 240, "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(demo, tmp_path_factory) -> Path:
+    """The tiny model, overfitted to four faces."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--batch-size", 4, "--steps", 250, "--tower-steps", 50,
+             "--no-grounding", "--out", folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------
+# The house: copies, budgets, README
+# ---------------------------------------------------------------------------------------------------
+
+def test_shared_blocks_are_identical():
+    assert len(set(NAMES)) == 52
+    assert all(module.ARKIT_NAMES == NAMES for module in (distill, infer, evaluate))
+    blocks = [re.search(r"# The 52 names.*?\n\]", (ROOT / f"{name}.py").read_text(), re.S).group() for name in SCRIPTS]
+    assert len(set(blocks)) == 1
+    for name in ("open_image", "prompt_text", "answer_skeleton"):
+        assert inspect.getsource(getattr(distill, name)) == inspect.getsource(getattr(infer, name))
+    assert (distill.FIELDS, distill.VALUES) == (infer.FIELDS, infer.VALUES)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_stands_alone(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    answer = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0 and "--out" in answer.stdout
+
+
+def test_scripts_import_only_the_five_packages():
+    allowed = {"torch", "transformers", "PIL", "numpy", "tqdm", "tokenizers", "safetensors"} | set(sys.stdlib_module_names)
+    for name in SCRIPTS:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {module.split(".")[0] for module in modules} <= allowed
+
+
+def test_readme_commands_parse():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^(?:python|torchrun) (\w+)\.py(.*)$", "\n".join(re.findall(r"```bash\n(.*?)```", readme, re.S)), re.M)
+    assert {name for name, _ in commands} == set(SCRIPTS)
+    for name, rest in commands:
+        globals()[name].parse_args(shlex.split(rest.split("&&")[0], comments=True))
+
+
+# ---------------------------------------------------------------------------------------------------
+# annotate.py
+# ---------------------------------------------------------------------------------------------------
+
+def invert_movements(text: str) -> dict:
+    """Reads a description back: {ARKit name: adverb of its intensity}, by the tables alone."""
+    found = {}
+    for region, actions in annotate.MOVEMENTS.items():
+        match = re.search(rf"{region}: (.*?)\.", text)
+        for phrase in match.group(1).split(", ") if match else []:
+            for key, (noun, verb) in actions.items():
+                names = annotate.sides(key)
+                subjects = {noun: names} if len(names) == 1 else {f"left {noun}": names[:1], f"right {noun}": names[1:], f"both {noun}s": names}
+                for subject, subject_names in subjects.items():
+                    for _, adverb in annotate.BANDS:
+                        if phrase == f"{subject} {adverb} {verb}":
+                            found |= dict.fromkeys(subject_names, adverb)
+    return found
+
+
+def test_words_give_back_every_active_coefficient():
+    for index in range(300):
+        coefficients = annotate.sample_expression(np.random.default_rng(index))
+        expected = {name: annotate.intensity(value) for name, value in coefficients.items() if value >= annotate.ACTIVE}
+        assert invert_movements(annotate.describe(coefficients)["muscle_movements"]) == expected
+
+
+def test_description_of_known_faces():
+    assert annotate.describe(ZEROS) == {"expression_category": "neutral", "muscle_movements": "No visible movement.",
+                                        "emotional_implication": "not clearly observable", "symmetry": "symmetric"}
+    smile = annotate.describe({**ZEROS, "mouthSmileLeft": 0.9, "mouthSmileRight": 0.3, "cheekSquintLeft": 0.5, "cheekSquintRight": 0.5})
+    assert "happiness" in smile["expression_category"] and smile["symmetry"] == "stronger on the left mouth"
+    assert "left lip corner strongly raised, right lip corner slightly raised" in smile["muscle_movements"]
+    for emotion, pattern in annotate.PROTOTYPES:
+        assert emotion in annotate.describe({**ZEROS, **pattern})["expression_category"]
+
+
+def test_every_action_shows_and_left_is_right_in_the_picture():
+    base = {**ZEROS, "jawOpen": 0.5}  # mouthClose works on an open jaw
+    neutral = np.asarray(annotate.draw_face(base, "id007")).astype(int)
+    for name in NAMES:
+        changed = np.abs(np.asarray(annotate.draw_face({**base, name: 1.0}, "id007")).astype(int) - neutral).sum(axis=2) > 30
+        assert changed.sum() >= 4, f"{name} cannot be seen"
+        if name.endswith(("Left", "Right")) and not name.startswith(("mouthLeft", "mouthRight", "jaw")):
+            columns = changed.nonzero()[1]
+            assert (columns >= 31).all() if name.endswith("Left") else (columns <= 32).all(), name
+
+
+def test_demo_is_reproducible_and_splits_by_identity(demo, tmp_path):
+    run_main(annotate, "--demo", 240, "--out", tmp_path)
+    for file in sorted(demo.rglob("*.*")):
+        assert file.read_bytes() == (tmp_path / file.relative_to(demo)).read_bytes()
+    people = [{record["identity"] for record in read_jsonl(demo / name)} for name in ("train.jsonl", "val.jsonl")]
+    assert people[0] and people[1] and not people[0] & people[1]
+    run_main(annotate, "--demo", 240, "--out", tmp_path / "other", "--seed", 1)
+    others = {record["identity"] for record in read_jsonl(tmp_path / "other" / "train.jsonl")}
+    assert not others & (people[0] | people[1])
+
+
+def test_livelink_round_trip_and_dialects(demo, tmp_path):
+    records = [{"coefficients": record["coefficients"], "error": None} for record in read_jsonl(demo / "val.jsonl")]
+    infer.write_livelink(tmp_path / "take.csv", records, fps=60)
+    back = annotate.read_livelink(tmp_path / "take.csv", None, Counter())
+    assert [record["coefficients"] for record in back] == [pytest.approx(record["coefficients"], abs=1e-6) for record in records]
+    lines = [line.split(",") for line in (tmp_path / "take.csv").read_text().splitlines()]
+    assert len(lines[0]) == 63 and lines[-1][0] == "00:00:00:19.000"
+    shuffled = [line[::-1] + ["extra"] for line in lines]  # other column order, an extra column, BOM and CRLF
+    (tmp_path / "dialect.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(",".join, shuffled)).encode())
+    assert annotate.read_livelink(tmp_path / "dialect.csv", None, Counter()) == [{**record, "identity": "dialect"} for record in back]
+
+
+def test_real_takes_overshoot_and_are_clipped():
+    counts = Counter()
+    assert annotate.check_coefficients({**ZEROS, "eyeLookInLeft": 1.053}, "here", counts)["eyeLookInLeft"] == 1.0
+    assert counts["clipped values"] == 1
+
+
+def test_render_draws_predictions(demo, tmp_path):
+    run_main(annotate, demo / "val.jsonl", "--render", "--out", tmp_path / "avatars", "--limit", 3)
+    records = read_jsonl(tmp_path / "avatars" / "records.jsonl")
+    assert len(records) == 3
+    drawn = np.asarray(Image.open(tmp_path / "avatars" / records[0]["image"]))
+    assert (drawn == np.asarray(annotate.draw_face(records[0]["coefficients"], records[0]["identity"]))).all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# distill.py
+# ---------------------------------------------------------------------------------------------------
+
+def make_dataset(demo: Path, supervision: str, count: int = 8):
+    args = distill.parse_args(["--data", str(demo / "train.jsonl"), "--supervision", supervision])
+    distill.check_args(args)
+    records = distill.read_records(demo / "train.jsonl", supervision, count)
+    torch.manual_seed(0)
+    model, tokenizer, image_processor = distill.load_model(args, records)
+    return model, distill.FaceDataset(records, tokenizer, image_processor, args)
+
+
+@pytest.mark.parametrize("supervision", ["semantic", "numeric"])
+def test_exactly_the_answer_and_its_end_are_supervised(demo, supervision):
+    _, dataset = make_dataset(demo, supervision)
+    batch = dataset.collate([dataset[index, supervision] for index in range(3)])
+    for row, record in enumerate(dataset.records[:3]):
+        labels = batch["labels"][row]
+        text = dataset.tokenizer.decode(labels[labels != distill.IGNORE_INDEX])
+        rounded = {name: float(f"{value:.1f}") for name, value in record["coefficients"].items()}
+        expected = ({"analysis": record["description"]} if supervision == "semantic" else {}) | {"arkit": rounded}
+        assert text.endswith("<|im_end|>") and json.loads(text.removesuffix("<|im_end|>")) == expected
+        kept = labels != distill.IGNORE_INDEX
+        assert (labels[kept] == batch["input_ids"][row][kept]).all()
+        prompt = dataset.tokenizer.decode(batch["input_ids"][row][: kept.nonzero()[0]])
+        assert prompt == distill.prompt_text(distill.PROMPT, 16)
+        padding = batch["input_ids"][row][kept.nonzero()[-1] + 1:]
+        assert (padding == dataset.tokenizer.pad_token_id).all()
+        slots = dataset.tokenizer.decode(batch["input_ids"][row][batch["kinds"][row] != distill.SKELETON])
+        assert slots.endswith("".join(f"{value:.1f}" for value in record["coefficients"].values()))
+
+
+def test_hidden_words_leave_skeleton_and_labels_alone(demo):
+    _, dataset = make_dataset(demo, "semantic")
+    batch = dataset.collate([dataset[index, "semantic"] for index in range(8)])
+    for progress, shares in ((0.0, (0.3, 1.0)), (1.0, (0.1, 0.1))):
+        hidden = distill.hide_words(batch, progress, dataset.tokenizer.pad_token_id, seed=0)
+        changed = hidden["input_ids"] != batch["input_ids"]
+        assert not changed[batch["kinds"] == distill.SKELETON].any() and hidden["labels"] is batch["labels"]
+        for kind, share in zip((distill.TEXT, distill.NUMBER), shares):
+            assert changed[batch["kinds"] == kind].float().mean().item() == pytest.approx(share, abs=0.08)
+
+
+def test_descriptions_phase_in():
+    args = distill.parse_args(["--steps", "100"])
+    distill.check_args(args)
+    shares = [np.mean([distill.choose_supervision(args, batch, place) == "semantic" for place in range(400)]) for batch in (0, 40, 80, 99)]
+    assert shares == pytest.approx([0.0, 0.5, 1.0, 1.0], abs=0.08)
+
+
+def test_loss_equals_the_library_s(demo):
+    model, dataset = make_dataset(demo, "semantic")
+    batch = dataset.collate([dataset[index, "semantic"] for index in range(4)])
+    losses, weights = distill.token_losses(model, batch)
+    inputs = {name: batch[name] for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw", "labels")}
+    real = [len(dataset[index, "semantic"]["input_ids"]) for index in range(4)]
+    inputs["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < torch.tensor(real)[:, None]).long()
+    assert losses.mean().item() == pytest.approx(model(**inputs).loss.item(), abs=1e-5)
+    assert weights.unique().tolist() == pytest.approx([distill.SKELETON_WEIGHT, 1.0])
+
+
+def test_batches_cover_every_record_and_can_be_recomputed():
+    all_batches = list(distill.batch_indices(10, 2, seed=3, start=0, stop=10))
+    assert sorted(sum(all_batches[:5], [])) == sorted(sum(all_batches[5:], [])) == list(range(10))
+    assert all_batches[:5] != all_batches[5:]
+    assert list(distill.batch_indices(10, 2, seed=3, start=7, stop=10)) == all_batches[7:]
+
+
+def test_tokenizer_loses_nothing():
+    tokenizer = distill.build_tokenizer(["Brows: both brows strongly lowered."] * 20)
+    for text in ("Brows: both brows strongly lowered.", "unseen words, naïve 😀 \"quoted\" 0.35\n", '{"jawOpen": 0.3}'):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tiny_model_learns_four_faces(trained, demo):
+    log = read_jsonl(trained / "log.jsonl")
+    chance = np.log(11)
+    assert log[-1]["loss"] < 0.15 * chance
+    predictor = infer.load(trained)
+    records = read_jsonl(demo / "train.jsonl")[:4]
+    predictions = infer.predict(predictor, [demo / record["image"] for record in records], kind="mode")
+    predicted, true = evaluate.as_array(predictions), evaluate.as_array(records)
+    assert np.abs(predicted - true).mean() < 0.04 < np.abs(true).mean()
+    assert [p["description"] for p in predictions] == [r["description"] for r in records]
+
+
+def test_resume_equals_uninterrupted(demo, tmp_path, monkeypatch):
+    flags = ["--data", demo / "train.jsonl", "--steps", 2, "--tower-steps", 2, "--batch-size", 2, "--grad-accum", 2, "--save-every", 1, "--limit", 12]
+    run_main(distill, *flags, "--out", tmp_path / "whole")
+    genuine = distill.step_loss
+    for stop in (1, 3):  # Ctrl-C once in each phase
+        def interrupted(*args):
+            if args[3] == stop and inspect.currentframe().f_back.f_code.co_name == "main":
+                raise KeyboardInterrupt
+            return genuine(*args)
+        monkeypatch.setattr(distill, "step_loss", interrupted)
+        with pytest.raises(SystemExit, match="--resume"):
+            run_main(distill, *flags, "--out", tmp_path / "parts", *(["--resume"] if stop > 1 else []))
+    monkeypatch.setattr(distill, "step_loss", genuine)
+    with pytest.raises(SystemExit, match="not 0.5"):
+        run_main(distill, *flags, "--out", tmp_path / "parts", "--resume", "--lr", 0.5)
+    run_main(distill, *flags, "--out", tmp_path / "parts", "--resume")
+    files = [tmp_path / part / "model.safetensors" for part in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (tmp_path / "parts" / "state.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# infer.py
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_forced_decoding_writes_what_generate_writes(trained, demo, batch_size):
+    predictor = infer.load(trained)
+    images = [infer.open_image(demo / record["image"]) for record in read_jsonl(demo / "train.jsonl")[:4]]
+    for start in range(0, 4, batch_size):
+        inputs = infer.prepare(predictor, images[start:start + batch_size])
+        generated = predictor.network.generate(**inputs, do_sample=False, max_new_tokens=400)[:, inputs["input_ids"].shape[1]:]
+        _, chosen, texts = infer.decode(predictor, inputs, "semantic")
+        for ids, row, text in zip(generated, chosen.tolist(), texts):
+            answer = json.loads(predictor.tokenizer.decode(ids, skip_special_tokens=True))
+            assert answer == {"analysis": text, "arkit": {name: value / 10 for name, value in zip(NAMES, row)}}
+
+
+def test_estimates_of_a_known_distribution():
+    probabilities = torch.zeros(1, 1, 11)
+    probabilities[0, 0, [0, 4, 10]] = torch.tensor([0.3, 0.3, 0.4])
+    chosen = torch.tensor([[10]])
+    values = {kind: [tensor.item() for tensor in infer.estimate(probabilities, chosen, kind)] for kind in ("mean", "median", "mode")}
+    spread = (0.3 * 0.52 ** 2 + 0.3 * 0.12 ** 2 + 0.4 * 0.48 ** 2) ** 0.5
+    assert [values[kind] for kind in ("mean", "median", "mode")] == [pytest.approx([point, spread], abs=1e-6) for point in (0.52, 0.4, 1.0)]
+
+
+def make_qwen(folder: Path, kind: str) -> Path:
+    """An untrained Qwen-VL with Qwen's way of splitting text (every digit alone), saved as the hub would hold it."""
+    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    texts = ["".join(text for text, _ in distill.answer_skeleton("semantic")), distill.PROMPT]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=special)
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name.replace('image', 'image_pad').replace('video', 'video_pad')}|>")
+           for name in ("image", "video", "vision_start", "vision_end")}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 16, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
+    torch.manual_seed(0)
+    if kind == "qwen3_vl":
+        config = Qwen3VLConfig(text_config={**text, "rope_parameters": {**rope, "mrope_interleaved": True}}, **ids,
+                               vision_config={**vision, "patch_size": 16, "out_hidden_size": 32, "deepstack_visual_indexes": [0]})
+        model, patch = Qwen3VLForConditionalGeneration(config), 16
+    else:
+        config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, **ids,
+                                  vision_config={**vision, "patch_size": 14, "out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 56})
+        model, patch = Qwen2_5_VLForConditionalGeneration(config), 14
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
+def test_real_architectures_from_a_folder(kind, demo, tmp_path):
+    folder = make_qwen(tmp_path / "hub", kind)
+    run_main(distill, "--model", folder, "--data", demo / "train.jsonl", "--limit", 4, "--steps", 2, "--batch-size", 2, "--max-pixels", 4096, "--out", tmp_path / "run")
+    before, after = Path(folder / "model.safetensors").read_bytes(), (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert before != after and len(before) > 1000
+    predictor = infer.load(tmp_path / "run")
+    sizes = [(64, 64), (300, 80), (50, 200)]
+    pictures = [Image.fromarray(np.random.default_rng(0).integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    together = infer.predict(predictor, pictures, numeric=True)
+    for picture, prediction in zip(pictures, together):  # batched and alone agree, pictures of other shapes beside them or not
+        alone = infer.predict(predictor, [picture], numeric=True)[0]
+        assert prediction["coefficients"] == pytest.approx(alone["coefficients"], abs=2e-4)
+        assert list(prediction["coefficients"]) == NAMES and all(0 <= value <= 1 for value in prediction["coefficients"].values())
+
+
+def test_untrained_model_still_answers_in_full_and_broken_pictures_are_reported(demo, tmp_path):
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--steps", 1, "--tower-steps", 0, "--batch-size", 1, "--out", tmp_path / "run")
+    pictures = tmp_path / "bilder ü"
+    pictures.mkdir()
+    Image.new("L", (40, 30), 128).save(pictures / "gray.png")
+    Image.new("CMYK", (33, 64)).save(pictures / "cmyk.jpg")
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(pictures / "alpha.png")
+    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    (pictures / "notes.txt").write_text("not a picture")
+    flags = [pictures, "--model", tmp_path / "run", "--out", tmp_path / "p.jsonl", "--csv", tmp_path / "p.csv", "--batch-size", 2]
+    run_main(infer, *flags)
+    records = {Path(record["image"]).name: record for record in read_jsonl(tmp_path / "p.jsonl")}
+    assert set(records) == {"gray.png", "cmyk.jpg", "alpha.png", "broken.png"}
+    assert records.pop("broken.png")["error"].startswith("UnidentifiedImageError")
+    for record in records.values():
+        assert list(record["coefficients"]) == NAMES and all(0 <= value <= 1 for value in record["coefficients"].values())
+        assert record["error"] is None and set(record["description"]) == set(infer.FIELDS)
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
+
+
+def test_interrupted_inference_goes_on(trained, demo, tmp_path, monkeypatch):
+    flags = [demo / "val.jsonl", "--model", trained, "--limit", 6, "--batch-size", 2]
+    run_main(infer, *flags, "--out", tmp_path / "whole.jsonl")
+    genuine, calls = infer.predict, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return genuine(*args)
+    monkeypatch.setattr(infer, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(infer, *flags, "--out", tmp_path / "parts.jsonl")
+    assert len(read_jsonl(tmp_path / "parts.jsonl")) == 4
+    with (tmp_path / "parts.jsonl").open("a") as file:
+        file.write('{"image": "torn')
+    run_main(infer, *flags, "--out", tmp_path / "parts.jsonl")
+    assert len(calls) == 4  # only the last batch was decoded again
+    assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "parts.jsonl").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------
+# evaluate.py
+# ---------------------------------------------------------------------------------------------------
+
+def test_metrics_against_numpy():
+    rng = np.random.default_rng(0)
+    true, predicted = rng.random((50, 52)), rng.random((50, 52))
+    true[:, 3] = 0.0  # never varies: no correlation
+    predicted[:, 4] = 0.5  # predicted constant: correlation 0
+    m, r = evaluate.metrics(predicted, true), evaluate.pearson(predicted, true)
+    expected = [np.corrcoef(predicted[:, k], true[:, k])[0, 1] for k in range(52) if k not in (3, 4)]
+    assert np.isnan(r[3]) and r[4] == 0.0
+    assert np.delete(r, [3, 4]) == pytest.approx(expected, abs=1e-9)
+    assert m["mae"] == pytest.approx(np.mean(np.abs(predicted - true)), abs=1e-12)
+    assert m["rmse"] == pytest.approx(np.mean((predicted - true) ** 2) ** 0.5, abs=1e-12)
+    assert m["constant"] == 1 and m["pearson_median"] == pytest.approx(np.median(expected + [0.0]), abs=1e-9)
+
+
+def test_evaluate_compares_with_constants_and_refuses_mismatches(demo, tmp_path, capsys):
+    records = read_jsonl(demo / "val.jsonl")
+    perfect = [{**record, "image": os.path.relpath(demo / record["image"], tmp_path), "error": None} for record in records]
+    perfect[0] |= {"error": "unreadable", "coefficients": None}
+    path = write_jsonl(tmp_path / "p.jsonl", perfect)
+    run_main(evaluate, path, demo / "val.jsonl", "--out", tmp_path / "m.json")
+    results = json.loads((tmp_path / "m.json").read_text())
+    assert results["model"]["rmse"] == 0 and results["errors"] == 1 and results["description"] == {"expression_category": 1.0, "symmetry": 1.0}
+    true = evaluate.as_array(records[1:])
+    mean = evaluate.as_array(read_jsonl(demo / "train.jsonl")).mean(axis=0)
+    assert results["constants"]["train mean"]["rmse"] == pytest.approx(np.sqrt(((true - mean) ** 2).mean()))
+    assert "1 unreadable" in capsys.readouterr().out
+    for change, message in ((perfect[1:], "1 pictures have no prediction"), (perfect + perfect[:1], "second record"), (perfect + [{**perfect[1], "image": "x.png"}], "1 predictions have no truth")):
+        with pytest.raises(SystemExit, match=message):
+            run_main(evaluate, write_jsonl(tmp_path / "bad.jsonl", change), demo / "val.jsonl", "--out", tmp_path / "m.json")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------
+
+GOOD = {"image": "x.png", "coefficients": ZEROS, "description": dict.fromkeys(annotate.IMPLICATIONS, "x"), "error": None}
+
+
+@pytest.mark.parametrize("line, message", [
+    ("", "is empty"), ("{\"image\": ", "line 1"), ("[1]", "line 1"), ("null", "line 1"),
+    (json.dumps({**GOOD, "coefficients": {**ZEROS, "jawOpen": float("nan")}}), "jawOpen"),
+    (json.dumps({**GOOD, "coefficients": {**ZEROS, "jawOpen": "0.5"}}), "jawOpen"),
+    (json.dumps({**GOOD, "coefficients": {**ZEROS, "jawOpen": True}}), "jawOpen"),
+    (json.dumps({**GOOD, "coefficients": {**ZEROS, "jawOpen": 7.0}}), "jawOpen"),
+    (json.dumps({**GOOD, "coefficients": {**ZEROS, "jawDrop": 0.5}}), "52 ARKit names"),
+    (json.dumps({**GOOD, "coefficients": {"jawOpen": 0.5}}), "52 ARKit names"),
+    (json.dumps({**GOOD, "coefficients": [0.5]}), "line 1"),
+])
+def test_bad_records_are_named(line, message, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line)
+    for module, flags in ((annotate, [path, "--out", tmp_path / "o.jsonl"]), (distill, ["--data", path, "--out", tmp_path / "run"]), (evaluate, [path, path])):
+        with pytest.raises(SystemExit, match=re.escape(str(path))) as error:
+            run_main(module, *flags)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "o.jsonl").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module, flags, message", [
+    (annotate, ["missing.jsonl"], "missing.jsonl is no file"), (annotate, ["README.md"], "ends in '.md'"), (annotate, ["--demo", 5], "--demo 5"),
+    (annotate, ["--frames", "nowhere"], "--frames nowhere"), (annotate, ["--limit", 0], "--limit 0"),
+    (distill, ["--data", "missing.jsonl"], "missing.jsonl does not exist"), (distill, ["--batch-size", 0], "--batch-size 0"),
+    (distill, ["--resume", "--out", "nowhere"], "--resume"), (distill, ["--out", "."], "holds other files"), (distill, ["--lr", 0], "--lr 0"),
+    (infer, ["missing.png"], "missing.png does not exist"), (infer, ["--batch-size", 0], "--batch-size 0"), (infer, ["README.md", "--model", "nowhere"], "python distill.py"),
+    (infer, [".ci"], "holds no pictures"), (evaluate, ["missing.jsonl"], "missing.jsonl does not exist"),
+])
+def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if module is distill and "--data" not in flags:
+        flags = [*flags, "--data", demo / "train.jsonl", "--steps", 1, "--tower-steps", 0]
+    with pytest.raises(SystemExit) as error:
+        run_main(module, *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_takes_are_explained(demo, tmp_path):
+    infer.write_livelink(tmp_path / "take.csv", [{"coefficients": ZEROS, "error": None}] * 3, fps=30)
+    lines = (tmp_path / "take.csv").read_text().splitlines()
+    for name, text, message in (("torn", lines[:3] + [lines[3][:80]], "line 4"), ("header", lines[1:], "no column for"), ("word", [lines[0], lines[1].replace(",0.0", ",x", 1)], "'x"),
+                                ("seven", [lines[0], lines[1].replace("0.0000000000", "7.0", 1)], "7.0")):
+        (tmp_path / f"{name}.csv").write_text("\n".join(text))
+        with pytest.raises(SystemExit, match=message):
+            run_main(annotate, tmp_path / f"{name}.csv")
+    with pytest.raises(SystemExit, match="240 pictures.*3 rows"):
+        run_main(annotate, tmp_path / "take.csv", "--frames", demo / "images")
+
+
+def test_training_needs_pictures_and_descriptions(demo, tmp_path):
+    record = read_jsonl(demo / "train.jsonl")[0]
+    for change, message in (({"image": None}, "needs a picture"), ({"image": "gone.png"}, "needs a picture"), ({"description": None}, "no complete description")):
+        path = write_jsonl(demo / "changed.jsonl", [{**record, **change}])
+        with pytest.raises(SystemExit, match=message):
+            run_main(distill, "--data", path, "--out", tmp_path / "run")
+        path.unlink()
+
+
+def test_damaged_and_occupied_run_folders(trained, demo, tmp_path):
+    with pytest.raises(SystemExit, match="holds a finished run"):
+        run_main(distill, "--data", demo / "train.jsonl", "--out", trained)
+    for file in trained.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:50_000])
+    with pytest.raises(SystemExit, match="cannot be read"):
+        run_main(infer, demo / "val.jsonl", "--model", tmp_path, "--out", tmp_path / "p.jsonl")
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    with pytest.raises(SystemExit, match="is a bert"):
+        run_main(distill, "--data", demo / "train.jsonl", "--model", tmp_path, "--out", tmp_path / "new")
