@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Inference for SemanticFace (arXiv 2603.14827, Sec. 3.2): images -> description and 52 ARKit coefficients.
 
-The answer's braces, names and quotes are known in advance, so they are fed to the model rather than sampled: every answer is valid
-and complete by construction. The model decides the words of the description and, for each coefficient, a distribution over the eleven
-values 0.0, 0.1, ... 1.0, whose mean is the estimate (RAIL, arXiv 2403.04182) and whose standard deviation is reported.
+The answer's braces, names and quotes are known in advance, so they are fed to the model, not sampled: every
+answer is valid and complete by construction. The model decides the words of the description and, for each
+coefficient, a distribution over the eleven values 0.0, 0.1, ... 1.0, whose mean is the estimate (RAIL,
+arXiv 2403.04182) and whose standard deviation is reported.
 
-Reads:  pictures, folders of pictures, .jsonl records with an "image" field; a checkpoint folder from distill.py
-Writes: prediction records, one JSON object a line, image paths relative to the file; an unreadable picture becomes an error record
-    {"image": "images/000001.png", "coefficients": {"eyeBlinkLeft": 0.12, ...}, "std": {"eyeBlinkLeft": 0.05, ...},
+Reads:  pictures, folders of pictures, .jsonl records with an "image"; a checkpoint folder of distill.py
+Writes: prediction records, one JSON object a line, image paths relative to the file; an unreadable picture
+        becomes an error record; with --csv also a Live Link Face take
+    {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05, ...},
      "description": {"expression_category": "slight happiness", ...}, "error": null}
-        with --csv also a Live Link Face take
 
     python infer.py photo.jpg folder/ --model runs/demo --out predictions.jsonl --csv take.csv
 
@@ -27,6 +28,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging
 
 # ---------------------------------------------------------------------------------------------------
 # Constants
@@ -45,22 +47,25 @@ ARKIT_NAMES = [
 ]
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # one decimal, Sec. 3.2
-ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll", "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
+ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
+          "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
 MAX_TEXT_TOKENS = 400  # of one description field
+MAX_ASPECT = 200  # the image processor refuses a picture that is longer than this
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", default=["data/demo/val.jsonl"],
         help="pictures, folders of pictures, .jsonl records (default: the demo's held-out faces)")
     add("--model", default="runs/demo", help="checkpoint folder of distill.py (default %(default)s)")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
     add("--csv", help="also write a Live Link Face take, one row for each picture in order")
-    add("--fps", type=int, default=60, help="frames per second of the take's timecode (default %(default)s)")
+    add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
     add("--estimate", choices=["mean", "median", "mode"], default="mean",
-        help="of each coefficient's distribution; mode is what greedy decoding writes (default %(default)s)")
-    add("--numeric", action=argparse.BooleanOptionalAction, default=False, help="ask for the numbers without the description")
+        help="of each distribution; mode is what greedy decoding writes (default %(default)s)")
+    add("--numeric", action=argparse.BooleanOptionalAction, default=False, help="numbers, no description")
     add("--batch-size", type=int, default=32, help="pictures decoded together (default %(default)s)")
     add("--limit", type=int, help="use the first LIMIT pictures only")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -74,33 +79,35 @@ def parse_args(argv=None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------
 
 def list_images(inputs: list[str]) -> list[Path]:
-    """Paths of all pictures in `inputs`: files, folders (in sorted order) and the records of .jsonl files. Raises SystemExit if there is none."""
+    """Paths of the pictures in files, folders (sorted) and .jsonl records. SystemExit if there is none."""
     images = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
+            suffixes = Image.registered_extensions()
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
             if not found:
-                raise SystemExit(f"{path} holds no pictures; expected files such as .png, .jpg or .webp in it")
+                raise SystemExit(f"{path} holds no pictures; expected files such as .png, .jpg or .webp")
             images += found
         elif path.suffix == ".jsonl" and path.is_file():
             images += images_of_records(path)
         elif path.is_file():
             images.append(path)
         else:
-            raise SystemExit(f"{path} does not exist; expected a picture, a folder of pictures or a .jsonl file with an \"image\" in each record")
+            raise SystemExit(f"{path} does not exist; expected pictures, folders of them or .jsonl records")
     if not images:
-        raise SystemExit(f"{', '.join(inputs)}: no picture; expected pictures, folders of pictures or .jsonl records")
+        raise SystemExit(f"{', '.join(inputs)}: no picture; expected pictures, folders of them or .jsonl")
     return list(dict.fromkeys(images))
 
 
 def images_of_records(path: Path) -> list[Path]:
-    """The pictures that a .jsonl file names, relative to the file. Raises SystemExit naming the line that has none."""
+    """The pictures that a .jsonl file names, relative to it. SystemExit names the line that has none."""
     images = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             images.append(path.parent / json.loads(line)["image"])
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise SystemExit(f"{path}, line {number}: no record with an \"image\"; expected one JSON object a line, {{\"image\": \"images/000001.png\", ...}}")
+            example = '{"image": "images/000001.png", ...}'
+            raise SystemExit(f"{path}, line {number}: no \"image\"; expected JSON lines such as {example}")
     return images
 
 
@@ -116,7 +123,10 @@ def open_image(path: str) -> Image.Image:
 def try_image(source) -> tuple:
     """Returns (picture, None), or (None, why) where `source`, a path or an open picture, cannot be used."""
     try:
-        return (source.convert("RGB") if isinstance(source, Image.Image) else open_image(source)), None
+        picture = source.convert("RGB") if isinstance(source, Image.Image) else open_image(source)
+        if max(picture.size) > MAX_ASPECT * min(picture.size):
+            raise ValueError(f"{picture.width} x {picture.height} pixels, one side over {MAX_ASPECT} times the other")
+        return picture, None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return None, f"{type(error).__name__}: {error}"
 
@@ -126,22 +136,26 @@ def try_image(source) -> tuple:
 # ---------------------------------------------------------------------------------------------------
 
 def load(model_dir: str, device: str = "cpu", dtype: str = "auto") -> SimpleNamespace:
-    """Loads a checkpoint folder of distill.py for `predict`. Raises SystemExit when the folder holds no finished checkpoint."""
+    """Loads a checkpoint folder of distill.py for `predict`. SystemExit if it holds no finished one."""
     folder = Path(model_dir)
     if not (folder / "config.json").is_file() or not (folder / "run.json").is_file():
-        unfinished = (folder / "state.pt").is_file()
-        fix = f"finish the run with: python distill.py --out {folder} --resume" if unfinished else "make one with: python distill.py"
+        fix = "make one with: python distill.py"
+        if (folder / "state.pt").is_file():
+            fix = f"finish the run with: python distill.py --out {folder} --resume"
         raise SystemExit(f"--model {folder} holds no finished checkpoint (config.json and run.json); {fix}")
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        network = AutoModelForImageTextToText.from_pretrained(folder, dtype=auto if dtype == "auto" else getattr(torch, dtype))
+        weights_dtype = auto if dtype == "auto" else getattr(torch, dtype)
+        network = AutoModelForImageTextToText.from_pretrained(folder, dtype=weights_dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except Exception as error:  # a damaged file surfaces as one of a dozen types, all with the same cure
-        raise SystemExit(f"--model {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); copy it again or repeat distill.py")
-    return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, image_processor=image_processor, prompt=run["prompt"],
-                           supervision=run["supervision"], max_pixels=run["max_pixels"], device=torch.device(device))
+        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise SystemExit(f"--model {folder} cannot be read ({why}); copy it again or repeat distill.py")
+    return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, prompt=run["prompt"],
+                           image_processor=image_processor, supervision=run["supervision"],
+                           max_pixels=run["max_pixels"], device=torch.device(device))
 
 
 def prompt_text(prompt: str, image_tokens: int) -> str:
@@ -167,11 +181,12 @@ def answer_skeleton(supervision: str) -> list[tuple]:
 
 
 def prepare(model: SimpleNamespace, images: list[Image.Image]) -> dict:
-    """Pictures -> model inputs: prompts (B, T) padded on the left, so that all answers start in the same column."""
+    """Pictures -> model inputs: prompts (B, T) padded on the left, so that answers start in one column."""
     size = {"shortest_edge": model.max_pixels, "longest_edge": model.max_pixels}
     pixels = model.image_processor(images, size=size, return_tensors="pt")
     counts = pixels["image_grid_thw"].prod(dim=1) // model.image_processor.merge_size ** 2  # (B,)
-    prompts = [model.tokenizer.encode(prompt_text(model.prompt, count), add_special_tokens=False) for count in counts.tolist()]
+    texts = [prompt_text(model.prompt, count) for count in counts.tolist()]
+    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     width = max(map(len, prompts))
     input_ids = torch.tensor([[model.tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     inputs = {
@@ -190,7 +205,7 @@ def prepare(model: SimpleNamespace, images: list[Image.Image]) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 class Answers:
-    """B answers in the making: the key-value cache, the mask of the tokens in it (B, T) and the logits of the next token (B, V)."""
+    """B answers in the making: key-value cache, mask of its tokens (B, T), next token's logits (B, V)."""
 
     def __init__(self, network, inputs: dict):
         self.network = network
@@ -200,16 +215,17 @@ class Answers:
         self.offset = network.model.rope_deltas  # (B, 1): an image takes fewer positions than tokens
 
     def feed(self, ids: torch.Tensor, active: torch.Tensor) -> None:
-        """Appends tokens (B, n); an answer that is not `active` (B,) gets masked padding and keeps its logits."""
-        self.mask = torch.cat([self.mask, active[:, None].expand(-1, ids.shape[1]).to(self.mask.dtype)], dim=1)  # (B, T + n)
+        """Appends tokens (B, n); an answer not `active` (B,) gets masked padding and keeps its logits."""
+        added = active[:, None].expand(-1, ids.shape[1]).to(self.mask.dtype)  # (B, n)
+        self.mask = torch.cat([self.mask, added], dim=1)  # (B, T + n)
         positions = (self.mask.cumsum(dim=1) - 1)[:, -ids.shape[1]:] + self.offset  # (B, n)
-        output = self.network(input_ids=ids, attention_mask=self.mask, position_ids=positions.expand(3, -1, -1),
-                              past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.network(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache,
+                              position_ids=positions.expand(3, -1, -1), use_cache=True, logits_to_keep=1)
         self.logits = torch.where(active[:, None], output.logits[:, -1].float(), self.logits)
 
 
 def decode_text(answers: Answers, closing_id: int, pad_id: int) -> list[list[int]]:
-    """Greedy decoding, up to but without the token that closes the text. Returns the token ids of each answer."""
+    """Greedy decoding until the token that closes the text, without it. Returns each answer's token ids."""
     active = torch.ones(len(answers.logits), dtype=torch.bool, device=answers.logits.device)
     texts = [[] for _ in active]
     for _ in range(MAX_TEXT_TOKENS):
@@ -224,9 +240,9 @@ def decode_text(answers: Answers, closing_id: int, pad_id: int) -> list[list[int
 
 
 def decode_value(answers: Answers, value_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decides one coefficient. value_ids (11, L): one token a value in the tiny tokenizer, three ("0", ".", "3") in Qwen's.
+    """Decides one coefficient. value_ids (11, L): one token a value in the tiny model, else "0", ".", "3".
 
-    Returns the probabilities of the eleven values (B, 11) and the greedy choice (B,), whose last token is still to be fed.
+    Returns probabilities of the eleven values (B, 11) and the greedy choice (B,), last token not yet fed.
     """
     if value_ids.shape[1] == 1:
         probabilities = answers.logits[:, value_ids[:, 0]].softmax(dim=-1)
@@ -244,11 +260,16 @@ def decode_value(answers: Answers, value_ids: torch.Tensor) -> tuple[torch.Tenso
 
 
 @torch.inference_mode()
-def decode(model: SimpleNamespace, inputs: dict, supervision: str) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
-    """Forced-skeleton decoding of a batch. Returns probabilities (B, C, 11), the greedy choice as numbers (B, C) and the descriptions."""
+def decode(model: SimpleNamespace, inputs: dict, supervision: str) -> tuple:
+    """Forced-skeleton decoding of a batch.
+
+    Returns probabilities (B, C, 11), the greedy choice as numbers (B, C) and the descriptions.
+    """
     encode = model.tokenizer.encode
-    skeleton = [(encode(text, add_special_tokens=False), slot) for text, slot in answer_skeleton(supervision)]
-    value_ids = torch.tensor([encode(value, add_special_tokens=False) for value in VALUES], device=model.device)  # (11, L)
+    pieces = answer_skeleton(supervision)
+    skeleton = [(encode(text, add_special_tokens=False), slot) for text, slot in pieces]
+    encoded_values = [encode(value, add_special_tokens=False) for value in VALUES]
+    value_ids = torch.tensor(encoded_values, device=model.device)  # (11, L)
     answers = Answers(model.network, inputs)
     everyone = torch.ones(len(inputs["input_ids"]), dtype=torch.bool, device=model.device)
     pending = torch.empty(len(everyone), 0, dtype=torch.long, device=model.device)
@@ -258,7 +279,8 @@ def decode(model: SimpleNamespace, inputs: dict, supervision: str) -> tuple[torc
         answers.feed(torch.cat([pending, ids], dim=1), everyone)
         if slot in FIELDS:
             closing_id = skeleton[index + 1][0][0]
-            for text, text_ids in zip(texts, decode_text(answers, closing_id, model.tokenizer.pad_token_id)):
+            written = decode_text(answers, closing_id, model.tokenizer.pad_token_id)
+            for text, text_ids in zip(texts, written):
                 text[slot] = unescape(model.tokenizer.decode(text_ids))
             pending = pending[:, :0]
         else:
@@ -270,17 +292,17 @@ def decode(model: SimpleNamespace, inputs: dict, supervision: str) -> tuple[torc
 
 
 def unescape(text: str) -> str:
-    """Undoes JSON's escapes (\\" and the like); a text that is no valid JSON string is returned as it is."""
+    """Undoes JSON's escapes (\\" and the like); a text that is no valid JSON string is returned as is."""
     try:
         return json.loads(f'"{text}"')
     except json.JSONDecodeError:
         return text
 
 
-def estimate(probabilities: torch.Tensor, chosen: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Point estimate and standard deviation of each coefficient, (B, C) each, from its distribution (B, C, 11).
+def estimate(probabilities: torch.Tensor, chosen: torch.Tensor, kind: str) -> tuple:
+    """Point estimate and standard deviation, (B, C) each, of the coefficients' distributions (B, C, 11).
 
-    The mean minimises the expected squared error, the median the absolute error; the mode is the greedy answer `chosen` (B, C).
+    The mean minimises expected squared error, the median absolute; the mode is the greedy `chosen` (B, C).
     """
     values = torch.arange(len(VALUES), device=probabilities.device) / 10
     mean = probabilities @ values
@@ -292,10 +314,11 @@ def estimate(probabilities: torch.Tensor, chosen: torch.Tensor, kind: str) -> tu
     return values[chosen], std
 
 
-def predict(model: SimpleNamespace, images: list, batch_size: int = 32, kind: str = "mean", numeric: bool = False) -> list[dict]:
+def predict(model: SimpleNamespace, images: list, batch_size: int = 32, kind: str = "mean",
+            numeric: bool = False) -> list[dict]:
     """Predicts the coefficients of `images` (paths or pictures), one prediction record each, in order.
 
-    A picture that cannot be read gives a record with "error" set and null coefficients. A batch without any readable picture costs nothing.
+    An unreadable picture gives a record with "error" set and null coefficients; a batch of them is free.
     """
     records = []
     for start in range(0, len(images), batch_size):
@@ -305,10 +328,12 @@ def predict(model: SimpleNamespace, images: list, batch_size: int = 32, kind: st
         if readable:
             supervision = "numeric" if numeric else model.supervision
             probabilities, chosen, texts = decode(model, prepare(model, readable), supervision)
-            values, stds = (tensor.clamp(0, 1).cpu().tolist() for tensor in estimate(probabilities, chosen, kind))
+            estimates = estimate(probabilities, chosen, kind)
+            values, stds = (tensor.clamp(0, 1).cpu().tolist() for tensor in estimates)
             answers = iter(zip(values, stds, texts))
         for source, (picture, why) in zip(sources, opened):
-            record = {"image": None if isinstance(source, Image.Image) else str(source), "coefficients": None, "std": None, "description": None, "error": why}
+            path = None if isinstance(source, Image.Image) else str(source)
+            record = {"image": path, "coefficients": None, "std": None, "description": None, "error": why}
             if picture:
                 row, spread, text = next(answers)
                 record["coefficients"] = {name: round(value, 4) for name, value in zip(ARKIT_NAMES, row)}
@@ -323,7 +348,7 @@ def predict(model: SimpleNamespace, images: list, batch_size: int = 32, kind: st
 # ---------------------------------------------------------------------------------------------------
 
 def resume(out: Path, settings: dict) -> list[dict]:
-    """Prepares the prediction file and returns the records of an interrupted run with the same settings, so that it goes on.
+    """Prepares the prediction file; returns an interrupted run's records if its settings were the same.
 
     While a run is unfinished, its settings stand in a file beside `out`; a torn last line is dropped.
     """
@@ -337,12 +362,13 @@ def resume(out: Path, settings: dict) -> list[dict]:
             except json.JSONDecodeError:
                 break
     marker.write_text(json.dumps(settings), encoding="utf-8")
-    out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    out.write_text(text, encoding="utf-8")
     return records
 
 
 def write_livelink(path: Path, records: list[dict], fps: int) -> None:
-    """Writes a Live Link Face take: 61 columns, one row a picture, timecode HH:MM:SS:FF.mmm; failed pictures leave a gap in the time."""
+    """Writes a Live Link Face take: 61 columns, timecode HH:MM:SS:FF.mmm with gaps at failed pictures."""
     columns = [name[0].upper() + name[1:] for name in ARKIT_NAMES]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -350,30 +376,39 @@ def write_livelink(path: Path, records: list[dict], fps: int) -> None:
         for frame, record in enumerate(records):
             if record["error"]:
                 continue
-            seconds = frame // fps
-            timecode = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}:{frame % fps:02d}.000"
-            values = [f"{record['coefficients'][name]:.10f}" for name in ARKIT_NAMES] + ["0.0000000000"] * len(ANGLES)
-            writer.writerow([timecode, 61] + values)
+            minutes, seconds = divmod(frame // fps, 60)
+            timecode = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}:{frame % fps:02d}.000"
+            values = [f"{record['coefficients'][name]:.10f}" for name in ARKIT_NAMES]
+            writer.writerow([timecode, 61] + values + ["0.0000000000"] * len(ANGLES))
 
 
 def main(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.fps < 1 or (args.limit is not None and args.limit < 1):
-        raise SystemExit(f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}: expected whole numbers of at least 1")
+        given = f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}"
+        raise SystemExit(f"{given}: expected whole numbers of at least 1")
+    if Path(args.out).absolute() in [Path(name).absolute() for name in args.inputs]:
+        raise SystemExit(f"--out {args.out} is an INPUT and would be overwritten; choose another file")
     images = list_images(args.inputs)[:args.limit]
+    logging.disable_progress_bar()
     model = load(args.model, args.device, args.dtype)
     out = Path(args.out)
     base = out.parent.absolute()
     names = [os.path.relpath(image.absolute(), base) for image in images]
     checkpoint = str(Path(args.model).absolute()), (Path(args.model) / "run.json").stat().st_mtime
-    records = resume(out, {"model": checkpoint, "estimate": args.estimate, "numeric": args.numeric, "dtype": args.dtype})
+    settings = {"estimate": args.estimate, "numeric": args.numeric, "dtype": args.dtype}
+    records = resume(out, {"model": checkpoint, **settings})
     done = {record["image"]: record for record in records}
     todo = [(name, image) for name, image in zip(names, images) if name not in done]
-    print(f"{args.model} | {args.device} | {len(images)} pictures, {len(images) - len(todo)} done before | {args.estimate} of each distribution")
+    count = f"{len(images)} pictures, {len(images) - len(todo)} done before"
+    print(f"{args.model} | {args.device} | {count} | {args.estimate} of each distribution")
 
-    with out.open("a", encoding="utf-8") as file, tqdm(total=len(todo), unit=" images", disable=None) as bar:
+    bar = tqdm(total=len(todo), unit=" images", disable=None)
+    with bar, out.open("a", encoding="utf-8") as file:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
-            for (name, _), record in zip(batch, predict(model, [image for _, image in batch], args.batch_size, args.estimate, args.numeric)):
+            paths = [image for _, image in batch]
+            predictions = predict(model, paths, args.batch_size, args.estimate, args.numeric)
+            for (name, _), record in zip(batch, predictions):
                 done[name] = {**record, "image": name}
                 file.write(json.dumps(done[name], ensure_ascii=False) + "\n")
             file.flush()
@@ -385,6 +420,7 @@ def main(args: argparse.Namespace) -> None:
     for record in failed[:5]:
         print(f"unreadable: {record['image']} ({record['error']})")
     if args.csv:
+        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
         write_livelink(Path(args.csv), records, args.fps)
         print(f"wrote {args.csv}")
     print(f"wrote {out}: {len(records) - len(failed)} predictions, {len(failed)} unreadable pictures")

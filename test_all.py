@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import annotate
@@ -55,8 +57,8 @@ def demo(tmp_path_factory) -> Path:
 def trained(demo, tmp_path_factory) -> Path:
     """The tiny model, overfitted to four faces."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--batch-size", 4, "--steps", 250, "--tower-steps", 50,
-             "--no-grounding", "--out", folder)
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--batch-size", 4, "--steps", 250,
+             "--tower-steps", 50, "--no-grounding", "--out", folder)
     return folder
 
 
@@ -67,8 +69,8 @@ def trained(demo, tmp_path_factory) -> Path:
 def test_shared_blocks_are_identical():
     assert len(set(NAMES)) == 52
     assert all(module.ARKIT_NAMES == NAMES for module in (distill, infer, evaluate))
-    blocks = [re.search(r"# The 52 names.*?\n\]", (ROOT / f"{name}.py").read_text(), re.S).group() for name in SCRIPTS]
-    assert len(set(blocks)) == 1
+    sources = [(ROOT / f"{name}.py").read_text() for name in SCRIPTS]
+    assert len({re.search(r"# The 52 names.*?\n\]", source, re.S).group() for source in sources}) == 1
     for name in ("open_image", "prompt_text", "answer_skeleton"):
         assert inspect.getsource(getattr(distill, name)) == inspect.getsource(getattr(infer, name))
     assert (distill.FIELDS, distill.VALUES) == (infer.FIELDS, infer.VALUES)
@@ -77,21 +79,22 @@ def test_shared_blocks_are_identical():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_stands_alone(name, tmp_path):
     (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    answer = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert answer.returncode == 0 and "--out" in answer.stdout
+    answer = subprocess.check_output([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, text=True)
+    assert "--out" in answer
 
 
 def test_scripts_import_only_the_five_packages():
-    allowed = {"torch", "transformers", "PIL", "numpy", "tqdm", "tokenizers", "safetensors"} | set(sys.stdlib_module_names)
+    allowed = {"torch", "transformers", "PIL", "numpy", "tqdm", "tokenizers", "safetensors"}
     for name in SCRIPTS:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert {module.split(".")[0] for module in modules} <= allowed
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {module.split(".")[0] for module in modules} <= allowed | sys.stdlib_module_names
 
 
 def test_readme_commands_parse():
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^(?:python|torchrun) (\w+)\.py(.*)$", "\n".join(re.findall(r"```bash\n(.*?)```", readme, re.S)), re.M)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    commands = re.findall(r"^(?:python|torchrun) (\w+)\.py(.*)$", "\n".join(blocks), re.M)
     assert {name for name, _ in commands} == set(SCRIPTS)
     for name, rest in commands:
         globals()[name].parse_args(shlex.split(rest.split("&&")[0], comments=True))
@@ -109,7 +112,8 @@ def invert_movements(text: str) -> dict:
         for phrase in match.group(1).split(", ") if match else []:
             for key, (noun, verb) in actions.items():
                 names = annotate.sides(key)
-                subjects = {noun: names} if len(names) == 1 else {f"left {noun}": names[:1], f"right {noun}": names[1:], f"both {noun}s": names}
+                pair = {f"left {noun}": names[:1], f"right {noun}": names[1:], f"both {noun}s": names}
+                subjects = pair if len(names) > 1 else {noun: names}
                 for subject, subject_names in subjects.items():
                     for _, adverb in annotate.BANDS:
                         if phrase == f"{subject} {adverb} {verb}":
@@ -120,14 +124,16 @@ def invert_movements(text: str) -> dict:
 def test_words_give_back_every_active_coefficient():
     for index in range(300):
         coefficients = annotate.sample_expression(np.random.default_rng(index))
-        expected = {name: annotate.intensity(value) for name, value in coefficients.items() if value >= annotate.ACTIVE}
+        active = {name: value for name, value in coefficients.items() if value >= annotate.ACTIVE}
+        expected = {name: annotate.intensity(value) for name, value in active.items()}
         assert invert_movements(annotate.describe(coefficients)["muscle_movements"]) == expected
 
 
 def test_description_of_known_faces():
-    assert annotate.describe(ZEROS) == {"expression_category": "neutral", "muscle_movements": "No visible movement.",
-                                        "emotional_implication": "not clearly observable", "symmetry": "symmetric"}
-    smile = annotate.describe({**ZEROS, "mouthSmileLeft": 0.9, "mouthSmileRight": 0.3, "cheekSquintLeft": 0.5, "cheekSquintRight": 0.5})
+    words = ["neutral", "No visible movement.", "not clearly observable", "symmetric"]
+    assert annotate.describe(ZEROS) == dict(zip(infer.FIELDS, words))
+    face = {"mouthSmileLeft": 0.9, "mouthSmileRight": 0.3, "cheekSquintLeft": 0.5, "cheekSquintRight": 0.5}
+    smile = annotate.describe({**ZEROS, **face})
     assert "happiness" in smile["expression_category"] and smile["symmetry"] == "stronger on the left mouth"
     assert "left lip corner strongly raised, right lip corner slightly raised" in smile["muscle_movements"]
     for emotion, pattern in annotate.PROTOTYPES:
@@ -138,7 +144,8 @@ def test_every_action_shows_and_left_is_right_in_the_picture():
     base = {**ZEROS, "jawOpen": 0.5}  # mouthClose works on an open jaw
     neutral = np.asarray(annotate.draw_face(base, "id007")).astype(int)
     for name in NAMES:
-        changed = np.abs(np.asarray(annotate.draw_face({**base, name: 1.0}, "id007")).astype(int) - neutral).sum(axis=2) > 30
+        drawn = np.asarray(annotate.draw_face({**base, name: 1.0}, "id007")).astype(int)
+        changed = np.abs(drawn - neutral).sum(axis=2) > 30
         assert changed.sum() >= 4, f"{name} cannot be seen"
         if name.endswith(("Left", "Right")) and not name.startswith(("mouthLeft", "mouthRight", "jaw")):
             columns = changed.nonzero()[1]
@@ -149,7 +156,8 @@ def test_demo_is_reproducible_and_splits_by_identity(demo, tmp_path):
     run_main(annotate, "--demo", 240, "--out", tmp_path)
     for file in sorted(demo.rglob("*.*")):
         assert file.read_bytes() == (tmp_path / file.relative_to(demo)).read_bytes()
-    people = [{record["identity"] for record in read_jsonl(demo / name)} for name in ("train.jsonl", "val.jsonl")]
+    people = [{record["identity"] for record in read_jsonl(demo / name)}
+              for name in ("train.jsonl", "val.jsonl")]
     assert people[0] and people[1] and not people[0] & people[1]
     run_main(annotate, "--demo", 240, "--out", tmp_path / "other", "--seed", 1)
     others = {record["identity"] for record in read_jsonl(tmp_path / "other" / "train.jsonl")}
@@ -157,21 +165,23 @@ def test_demo_is_reproducible_and_splits_by_identity(demo, tmp_path):
 
 
 def test_livelink_round_trip_and_dialects(demo, tmp_path):
-    records = [{"coefficients": record["coefficients"], "error": None} for record in read_jsonl(demo / "val.jsonl")]
+    records = [{**record, "error": None} for record in read_jsonl(demo / "val.jsonl")]
     infer.write_livelink(tmp_path / "take.csv", records, fps=60)
     back = annotate.read_livelink(tmp_path / "take.csv", None, Counter())
-    assert [record["coefficients"] for record in back] == [pytest.approx(record["coefficients"], abs=1e-6) for record in records]
+    expected = [pytest.approx(record["coefficients"], abs=1e-6) for record in records]
+    assert [record["coefficients"] for record in back] == expected
     lines = [line.split(",") for line in (tmp_path / "take.csv").read_text().splitlines()]
     assert len(lines[0]) == 63 and lines[-1][0] == "00:00:00:19.000"
-    shuffled = [line[::-1] + ["extra"] for line in lines]  # other column order, an extra column, BOM and CRLF
+    shuffled = [line[::-1] + ["extra"] for line in lines]  # other column order, extra column, BOM and CRLF
     (tmp_path / "dialect.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(",".join, shuffled)).encode())
-    assert annotate.read_livelink(tmp_path / "dialect.csv", None, Counter()) == [{**record, "identity": "dialect"} for record in back]
+    dialect = annotate.read_livelink(tmp_path / "dialect.csv", None, Counter())
+    assert dialect == [{**record, "identity": "dialect"} for record in back]
 
 
 def test_real_takes_overshoot_and_are_clipped():
     counts = Counter()
-    assert annotate.check_coefficients({**ZEROS, "eyeLookInLeft": 1.053}, "here", counts)["eyeLookInLeft"] == 1.0
-    assert counts["clipped values"] == 1
+    clipped = annotate.check_coefficients({**ZEROS, "eyeLookInLeft": 1.053}, "here", counts)
+    assert clipped["eyeLookInLeft"] == 1.0 and counts["clipped values"] == 1
 
 
 def test_render_draws_predictions(demo, tmp_path):
@@ -179,7 +189,8 @@ def test_render_draws_predictions(demo, tmp_path):
     records = read_jsonl(tmp_path / "avatars" / "records.jsonl")
     assert len(records) == 3
     drawn = np.asarray(Image.open(tmp_path / "avatars" / records[0]["image"]))
-    assert (drawn == np.asarray(annotate.draw_face(records[0]["coefficients"], records[0]["identity"]))).all()
+    expected = annotate.draw_face(records[0]["coefficients"], records[0]["identity"])
+    assert (drawn == np.asarray(expected)).all()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -187,7 +198,7 @@ def test_render_draws_predictions(demo, tmp_path):
 # ---------------------------------------------------------------------------------------------------
 
 def make_dataset(demo: Path, supervision: str, count: int = 8):
-    args = distill.parse_args(["--data", str(demo / "train.jsonl"), "--supervision", supervision])
+    args = distill.parse_args(["--data", str(demo / "train.jsonl"), "--supervision", supervision, "--out", "unused"])
     distill.check_args(args)
     records = distill.read_records(demo / "train.jsonl", supervision, count)
     torch.manual_seed(0)
@@ -203,7 +214,8 @@ def test_exactly_the_answer_and_its_end_are_supervised(demo, supervision):
         labels = batch["labels"][row]
         text = dataset.tokenizer.decode(labels[labels != distill.IGNORE_INDEX])
         rounded = {name: float(f"{value:.1f}") for name, value in record["coefficients"].items()}
-        expected = ({"analysis": record["description"]} if supervision == "semantic" else {}) | {"arkit": rounded}
+        analysis = {"analysis": record["description"]} if supervision == "semantic" else {}
+        expected = analysis | {"arkit": rounded}
         assert text.endswith("<|im_end|>") and json.loads(text.removesuffix("<|im_end|>")) == expected
         kept = labels != distill.IGNORE_INDEX
         assert (labels[kept] == batch["input_ids"][row][kept]).all()
@@ -227,19 +239,22 @@ def test_hidden_words_leave_skeleton_and_labels_alone(demo):
 
 
 def test_descriptions_phase_in():
-    args = distill.parse_args(["--steps", "100"])
+    args = distill.parse_args(["--steps", "100", "--out", "unused"])
     distill.check_args(args)
-    shares = [np.mean([distill.choose_supervision(args, batch, place) == "semantic" for place in range(400)]) for batch in (0, 40, 80, 99)]
+    shares = [np.mean([distill.choose_supervision(args, batch, item) == "semantic" for item in range(400)])
+              for batch in (0, 40, 80, 99)]
     assert shares == pytest.approx([0.0, 0.5, 1.0, 1.0], abs=0.08)
 
 
 def test_loss_equals_the_library_s(demo):
     model, dataset = make_dataset(demo, "semantic")
     batch = dataset.collate([dataset[index, "semantic"] for index in range(4)])
-    losses, weights = distill.token_losses(model, batch)
-    inputs = {name: batch[name] for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw", "labels")}
-    real = [len(dataset[index, "semantic"]["input_ids"]) for index in range(4)]
-    inputs["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < torch.tensor(real)[:, None]).long()
+    losses, weights, tokens = distill.token_losses(model, batch)
+    assert tokens.shape == (4 * 16, 96)
+    names = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw", "labels")
+    inputs = {name: batch[name] for name in names}
+    real = torch.tensor([len(dataset[index, "semantic"]["input_ids"]) for index in range(4)])
+    inputs["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < real[:, None]).long()
     assert losses.mean().item() == pytest.approx(model(**inputs).loss.item(), abs=1e-5)
     assert weights.unique().tolist() == pytest.approx([distill.SKELETON_WEIGHT, 1.0])
 
@@ -253,7 +268,7 @@ def test_batches_cover_every_record_and_can_be_recomputed():
 
 def test_tokenizer_loses_nothing():
     tokenizer = distill.build_tokenizer(["Brows: both brows strongly lowered."] * 20)
-    for text in ("Brows: both brows strongly lowered.", "unseen words, naïve 😀 \"quoted\" 0.35\n", '{"jawOpen": 0.3}'):
+    for text in ("Brows: both brows strongly lowered.", "naïve 😀 \"unseen\" 0.35\n", '{"jawOpen": 0.3}'):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -270,13 +285,14 @@ def test_tiny_model_learns_four_faces(trained, demo):
 
 
 def test_resume_equals_uninterrupted(demo, tmp_path, monkeypatch):
-    flags = ["--data", demo / "train.jsonl", "--steps", 2, "--tower-steps", 2, "--batch-size", 2, "--grad-accum", 2, "--save-every", 1, "--limit", 12]
+    flags = ["--data", demo / "train.jsonl", "--limit", 12, "--steps", 2, "--tower-steps", 2,
+             "--batch-size", 2, "--grad-accum", 2, "--save-every", 1]
     run_main(distill, *flags, "--out", tmp_path / "whole")
     genuine = distill.step_loss
     for stop in (1, 3):  # Ctrl-C once in each phase
         def interrupted(*args):
-            if args[3] == stop and inspect.currentframe().f_back.f_code.co_name == "main":
-                raise KeyboardInterrupt
+            if args[3] == stop and inspect.currentframe().f_back.f_code.co_name == "train":
+                os.kill(os.getpid(), signal.SIGINT)
             return genuine(*args)
         monkeypatch.setattr(distill, "step_loss", interrupted)
         with pytest.raises(SystemExit, match="--resume"):
@@ -300,46 +316,55 @@ def test_forced_decoding_writes_what_generate_writes(trained, demo, batch_size):
     images = [infer.open_image(demo / record["image"]) for record in read_jsonl(demo / "train.jsonl")[:4]]
     for start in range(0, 4, batch_size):
         inputs = infer.prepare(predictor, images[start:start + batch_size])
-        generated = predictor.network.generate(**inputs, do_sample=False, max_new_tokens=400)[:, inputs["input_ids"].shape[1]:]
+        width = inputs["input_ids"].shape[1]
+        generated = predictor.network.generate(**inputs, do_sample=False, max_new_tokens=400)[:, width:]
         _, chosen, texts = infer.decode(predictor, inputs, "semantic")
         for ids, row, text in zip(generated, chosen.tolist(), texts):
             answer = json.loads(predictor.tokenizer.decode(ids, skip_special_tokens=True))
-            assert answer == {"analysis": text, "arkit": {name: value / 10 for name, value in zip(NAMES, row)}}
+            assert answer == {"analysis": text, "arkit": {name: k / 10 for name, k in zip(NAMES, row)}}
 
 
 def test_estimates_of_a_known_distribution():
     probabilities = torch.zeros(1, 1, 11)
     probabilities[0, 0, [0, 4, 10]] = torch.tensor([0.3, 0.3, 0.4])
     chosen = torch.tensor([[10]])
-    values = {kind: [tensor.item() for tensor in infer.estimate(probabilities, chosen, kind)] for kind in ("mean", "median", "mode")}
+    kinds = ("mean", "median", "mode")
+    values = [[tensor.item() for tensor in infer.estimate(probabilities, chosen, kind)] for kind in kinds]
     spread = (0.3 * 0.52 ** 2 + 0.3 * 0.12 ** 2 + 0.4 * 0.48 ** 2) ** 0.5
-    assert [values[kind] for kind in ("mean", "median", "mode")] == [pytest.approx([point, spread], abs=1e-6) for point in (0.52, 0.4, 1.0)]
+    assert values == [pytest.approx([point, spread], abs=1e-6) for point in (0.52, 0.4, 1.0)]
 
 
 def make_qwen(folder: Path, kind: str) -> Path:
-    """An untrained Qwen-VL with Qwen's way of splitting text (every digit alone), saved as the hub would hold it."""
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    """An untrained Qwen-VL with Qwen's way of splitting text (every digit alone), saved as on the hub."""
+    split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+             r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
     texts = ["".join(text for text, _ in distill.answer_skeleton("semantic")), distill.PROMPT]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=to_bytes.alphabet(), show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
     special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=special)
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name.replace('image', 'image_pad').replace('video', 'video_pad')}|>")
-           for name in ("image", "video", "vision_start", "vision_end")}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "head_dim": 16, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=special,
+                                        eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    pairs = zip(("vision_start", "vision_end", "image", "video"), special[1:])
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in pairs}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "bos_token_id": None,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
     torch.manual_seed(0)
     if kind == "qwen3_vl":
-        config = Qwen3VLConfig(text_config={**text, "rope_parameters": {**rope, "mrope_interleaved": True}}, **ids,
-                               vision_config={**vision, "patch_size": 16, "out_hidden_size": 32, "deepstack_visual_indexes": [0]})
+        text["rope_parameters"] = {**rope, "mrope_interleaved": True}
+        vision |= {"patch_size": 16, "deepstack_visual_indexes": [0]}
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
         model, patch = Qwen3VLForConditionalGeneration(config), 16
     else:
-        config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, **ids,
-                                  vision_config={**vision, "patch_size": 14, "out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 56})
+        text["rope_parameters"] = rope
+        vision |= {"patch_size": 14, "fullatt_block_indexes": [1], "window_size": 56}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
         model, patch = Qwen2_5_VLForConditionalGeneration(config), 14
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -350,21 +375,25 @@ def make_qwen(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
 def test_real_architectures_from_a_folder(kind, demo, tmp_path):
     folder = make_qwen(tmp_path / "hub", kind)
-    run_main(distill, "--model", folder, "--data", demo / "train.jsonl", "--limit", 4, "--steps", 2, "--batch-size", 2, "--max-pixels", 4096, "--out", tmp_path / "run")
-    before, after = Path(folder / "model.safetensors").read_bytes(), (tmp_path / "run" / "model.safetensors").read_bytes()
+    run_main(distill, "--model", folder, "--data", demo / "train.jsonl", "--limit", 4, "--steps", 2,
+             "--batch-size", 2, "--max-pixels", 4096, "--out", tmp_path / "run")
+    before, after = ((path / "model.safetensors").read_bytes() for path in (folder, tmp_path / "run"))
     assert before != after and len(before) > 1000
     predictor = infer.load(tmp_path / "run")
     sizes = [(64, 64), (300, 80), (50, 200)]
-    pictures = [Image.fromarray(np.random.default_rng(0).integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    noise = [np.random.default_rng(0).integers(0, 255, (h, w, 3), dtype=np.uint8) for w, h in sizes]
+    pictures = [Image.fromarray(pixels) for pixels in noise]
     together = infer.predict(predictor, pictures, numeric=True)
-    for picture, prediction in zip(pictures, together):  # batched and alone agree, pictures of other shapes beside them or not
+    for picture, prediction in zip(pictures, together):  # alone or beside pictures of other shapes
         alone = infer.predict(predictor, [picture], numeric=True)[0]
         assert prediction["coefficients"] == pytest.approx(alone["coefficients"], abs=2e-4)
-        assert list(prediction["coefficients"]) == NAMES and all(0 <= value <= 1 for value in prediction["coefficients"].values())
+        assert list(prediction["coefficients"]) == NAMES
+        assert all(0 <= value <= 1 for value in prediction["coefficients"].values())
 
 
 def test_untrained_model_still_answers_in_full_and_broken_pictures_are_reported(demo, tmp_path):
-    run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--steps", 1, "--tower-steps", 0, "--batch-size", 1, "--out", tmp_path / "run")
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--steps", 1, "--tower-steps", 0,
+             "--batch-size", 1, "--out", tmp_path / "run")
     pictures = tmp_path / "bilder ü"
     pictures.mkdir()
     Image.new("L", (40, 30), 128).save(pictures / "gray.png")
@@ -372,13 +401,17 @@ def test_untrained_model_still_answers_in_full_and_broken_pictures_are_reported(
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(pictures / "alpha.png")
     (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
     (pictures / "notes.txt").write_text("not a picture")
-    flags = [pictures, "--model", tmp_path / "run", "--out", tmp_path / "p.jsonl", "--csv", tmp_path / "p.csv", "--batch-size", 2]
+    Image.new("RGB", (1, 300)).save(pictures / "line.png")
+    flags = [pictures, "--model", tmp_path / "run", "--out", tmp_path / "p.jsonl",
+             "--csv", tmp_path / "p.csv", "--batch-size", 2]
     run_main(infer, *flags)
     records = {Path(record["image"]).name: record for record in read_jsonl(tmp_path / "p.jsonl")}
-    assert set(records) == {"gray.png", "cmyk.jpg", "alpha.png", "broken.png"}
+    assert set(records) == {"gray.png", "cmyk.jpg", "alpha.png", "broken.png", "line.png"}
     assert records.pop("broken.png")["error"].startswith("UnidentifiedImageError")
+    assert "1 x 300 pixels" in records.pop("line.png")["error"]
     for record in records.values():
-        assert list(record["coefficients"]) == NAMES and all(0 <= value <= 1 for value in record["coefficients"].values())
+        assert list(record["coefficients"]) == NAMES
+        assert all(0 <= value <= 1 for value in record["coefficients"].values())
         assert record["error"] is None and set(record["description"]) == set(infer.FIELDS)
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
 
@@ -415,35 +448,40 @@ def test_metrics_against_numpy():
     predicted[:, 4] = 0.5  # predicted constant: correlation 0
     m, r = evaluate.metrics(predicted, true), evaluate.pearson(predicted, true)
     expected = [np.corrcoef(predicted[:, k], true[:, k])[0, 1] for k in range(52) if k not in (3, 4)]
-    assert np.isnan(r[3]) and r[4] == 0.0
+    assert np.isnan(r[3]) and r[4] == 0.0 and m["constant"] == 1
     assert np.delete(r, [3, 4]) == pytest.approx(expected, abs=1e-9)
     assert m["mae"] == pytest.approx(np.mean(np.abs(predicted - true)), abs=1e-12)
     assert m["rmse"] == pytest.approx(np.mean((predicted - true) ** 2) ** 0.5, abs=1e-12)
-    assert m["constant"] == 1 and m["pearson_median"] == pytest.approx(np.median(expected + [0.0]), abs=1e-9)
+    assert m["pearson_median"] == pytest.approx(np.median(expected + [0.0]), abs=1e-9)
 
 
 def test_evaluate_compares_with_constants_and_refuses_mismatches(demo, tmp_path, capsys):
     records = read_jsonl(demo / "val.jsonl")
-    perfect = [{**record, "image": os.path.relpath(demo / record["image"], tmp_path), "error": None} for record in records]
+    perfect = [{**record, "image": os.path.relpath(demo / record["image"], tmp_path), "error": None}
+               for record in records]
     perfect[0] |= {"error": "unreadable", "coefficients": None}
     path = write_jsonl(tmp_path / "p.jsonl", perfect)
     run_main(evaluate, path, demo / "val.jsonl", "--out", tmp_path / "m.json")
     results = json.loads((tmp_path / "m.json").read_text())
-    assert results["model"]["rmse"] == 0 and results["errors"] == 1 and results["description"] == {"expression_category": 1.0, "symmetry": 1.0}
+    assert results["model"]["rmse"] == 0 and results["errors"] == 1
+    assert results["description"] == {"expression_category": 1.0, "symmetry": 1.0}
     true = evaluate.as_array(records[1:])
     mean = evaluate.as_array(read_jsonl(demo / "train.jsonl")).mean(axis=0)
     assert results["constants"]["train mean"]["rmse"] == pytest.approx(np.sqrt(((true - mean) ** 2).mean()))
     assert "1 unreadable" in capsys.readouterr().out
-    for change, message in ((perfect[1:], "1 pictures have no prediction"), (perfect + perfect[:1], "second record"), (perfect + [{**perfect[1], "image": "x.png"}], "1 predictions have no truth")):
+    cases = ((perfect[1:], "1 pictures have no prediction"), (perfect + perfect[:1], "second record"),
+             (perfect + [{**perfect[1], "image": "x.png"}], "1 predictions have no truth"))
+    for change, message in cases:
         with pytest.raises(SystemExit, match=message):
-            run_main(evaluate, write_jsonl(tmp_path / "bad.jsonl", change), demo / "val.jsonl", "--out", tmp_path / "m.json")
+            run_main(evaluate, write_jsonl(path, change), demo / "val.jsonl", "--out", tmp_path / "m.json")
 
 
 # ---------------------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------------------
 
-GOOD = {"image": "x.png", "coefficients": ZEROS, "description": dict.fromkeys(annotate.IMPLICATIONS, "x"), "error": None}
+WORDS = dict.fromkeys(annotate.IMPLICATIONS, "x")
+GOOD = {"image": "x.png", "coefficients": ZEROS, "description": WORDS, "error": None}
 
 
 @pytest.mark.parametrize("line, message", [
@@ -459,7 +497,9 @@ GOOD = {"image": "x.png", "coefficients": ZEROS, "description": dict.fromkeys(an
 def test_bad_records_are_named(line, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(line)
-    for module, flags in ((annotate, [path, "--out", tmp_path / "o.jsonl"]), (distill, ["--data", path, "--out", tmp_path / "run"]), (evaluate, [path, path])):
+    stages = ((annotate, [path, "--out", tmp_path / "o.jsonl"]), (evaluate, [path, path]),
+              (distill, ["--data", path, "--out", tmp_path / "run"]))
+    for module, flags in stages:
         with pytest.raises(SystemExit, match=re.escape(str(path))) as error:
             run_main(module, *flags)
         assert message in str(error.value) and "\n" not in str(error.value)
@@ -467,12 +507,15 @@ def test_bad_records_are_named(line, message, tmp_path):
 
 
 @pytest.mark.parametrize("module, flags, message", [
-    (annotate, ["missing.jsonl"], "missing.jsonl is no file"), (annotate, ["README.md"], "ends in '.md'"), (annotate, ["--demo", 5], "--demo 5"),
-    (annotate, ["--frames", "nowhere"], "--frames nowhere"), (annotate, ["--limit", 0], "--limit 0"),
-    (distill, ["--data", "missing.jsonl"], "missing.jsonl does not exist"), (distill, ["--batch-size", 0], "--batch-size 0"),
-    (distill, ["--resume", "--out", "nowhere"], "--resume"), (distill, ["--out", "."], "holds other files"), (distill, ["--lr", 0], "--lr 0"),
-    (infer, ["missing.png"], "missing.png does not exist"), (infer, ["--batch-size", 0], "--batch-size 0"), (infer, ["README.md", "--model", "nowhere"], "python distill.py"),
-    (infer, [".ci"], "holds no pictures"), (evaluate, ["missing.jsonl"], "missing.jsonl does not exist"),
+    (annotate, ["missing.jsonl"], "missing.jsonl is no file"), (annotate, ["README.md"], "ends in '.md'"),
+    (annotate, ["--demo", 5], "--demo 5"), (annotate, ["--frames", "nowhere"], "--frames nowhere"),
+    (annotate, ["--limit", 0], "--limit 0"), (distill, ["--lr", 0], "--lr 0"),
+    (distill, ["--data", "missing.jsonl"], "missing.jsonl does not exist"),
+    (distill, ["--batch-size", 0], "--batch-size 0"), (distill, ["--out", "."], "holds other files"),
+    (distill, ["--resume", "--out", "nowhere"], "--resume"), (infer, [".ci"], "holds no pictures"),
+    (infer, ["missing.png"], "missing.png does not exist"), (infer, ["--batch-size", 0], "--batch-size 0"),
+    (infer, ["README.md", "--model", "nowhere"], "python distill.py"),
+    (evaluate, ["missing.jsonl"], "missing.jsonl does not exist"),
 ])
 def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -486,8 +529,10 @@ def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
 def test_bad_takes_are_explained(demo, tmp_path):
     infer.write_livelink(tmp_path / "take.csv", [{"coefficients": ZEROS, "error": None}] * 3, fps=30)
     lines = (tmp_path / "take.csv").read_text().splitlines()
-    for name, text, message in (("torn", lines[:3] + [lines[3][:80]], "line 4"), ("header", lines[1:], "no column for"), ("word", [lines[0], lines[1].replace(",0.0", ",x", 1)], "'x"),
-                                ("seven", [lines[0], lines[1].replace("0.0000000000", "7.0", 1)], "7.0")):
+    cases = (("torn", lines[:3] + [lines[3][:80]], "line 4"), ("header", lines[1:], "no column for"),
+             ("word", [lines[0], lines[1].replace(",0.0", ",x", 1)], "'x"),
+             ("seven", [lines[0], lines[1].replace("0.0000000000", "7.0", 1)], "7.0"))
+    for name, text, message in cases:
         (tmp_path / f"{name}.csv").write_text("\n".join(text))
         with pytest.raises(SystemExit, match=message):
             run_main(annotate, tmp_path / f"{name}.csv")
@@ -497,7 +542,9 @@ def test_bad_takes_are_explained(demo, tmp_path):
 
 def test_training_needs_pictures_and_descriptions(demo, tmp_path):
     record = read_jsonl(demo / "train.jsonl")[0]
-    for change, message in (({"image": None}, "needs a picture"), ({"image": "gone.png"}, "needs a picture"), ({"description": None}, "no complete description")):
+    cases = (({"image": None}, "needs a picture"), ({"image": "gone.png"}, "needs a picture"),
+             ({"description": None}, "no complete description"))
+    for change, message in cases:
         path = write_jsonl(demo / "changed.jsonl", [{**record, **change}])
         with pytest.raises(SystemExit, match=message):
             run_main(distill, "--data", path, "--out", tmp_path / "run")
