@@ -69,7 +69,7 @@ NUMERIC_SHARE = 0.8  # of the steps, until which answers without description are
 ALIGNMENT_WEIGHT = 10.0  # of the regression loss beside the language loss
 
 # Flags that are not given take the values for the tiny model or those for a pretrained one.
-TINY = {"steps": 1600, "tower_steps": 2000, "lr": 1e-3, "grounding": True, "max_pixels": 64 * 64}
+TINY = {"steps": 1200, "tower_steps": 1600, "lr": 1e-3, "grounding": True, "max_pixels": 64 * 64}
 PRETRAINED = {"steps": 2000, "tower_steps": 0, "lr": 1e-5, "grounding": False, "max_pixels": 512 * 512}
 TOWER_BATCH = 2  # the tower's steps are short: twice the images at a time
 WARMUP_STEPS = 30
@@ -481,16 +481,16 @@ def train(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, d
 
 
 def estimate_seconds(model: nn.Module, head: nn.Module, dataset: FaceDataset, args: argparse.Namespace, start: int) -> float:
-    """Seconds that the steps from `start` will take, from three measured steps of either kind; no weight changes."""
+    """Seconds that the steps from `start` on will take, from a few measured steps of either kind; no weight changes."""
     seconds = 0.0
     for first, end in ((0, args.tower_steps), (args.tower_steps, args.tower_steps + args.steps)):
-        if max(start, first) < end:
-            # A batch from the middle, where answers with and without description are mixed.
-            batches = next(step_batches(dataset, args, (first + end) // 2))
-            for repeat in range(4):
-                begun = time.time() if repeat == 1 else 0.0 if repeat == 0 else begun
-                step_loss(model, head, batches, first, args, dataset.tokenizer.pad_token_id)
-            seconds += (time.time() - begun) / 3 * (end - max(start, first))
+        stamps = []
+        # From the middle, where answers with and without description are mixed.
+        for batches in itertools.islice(step_batches(dataset, args, (first + end) // 2), 8 if start < end else 0):
+            step_loss(model, head, batches, first, args, dataset.tokenizer.pad_token_id)
+            stamps.append(time.time())
+        if len(stamps) > 3:
+            seconds += (stamps[-1] - stamps[1]) / (len(stamps) - 2) * (end - max(start, first))
     model.zero_grad()
     head.zero_grad()
     return seconds
@@ -606,7 +606,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.model}: {total:,} parameters, {trained:,} trained")
     print(f"{len(records)} records, {len(val_records)} for validation, {args.supervision} answers")
     print(f"{args.tower_steps} steps of the tower, then {args.steps} of distillation, from step {step} on")
-    print(f"estimated time: {estimate_seconds(model, head, dataset, args, step) / 60:.1f} minutes", flush=True)
+    seconds = estimate_seconds(model, head, dataset, args, step)
+    print(f"estimated time on this machine: {seconds / 60:.1f} minutes", flush=True)
 
     started = time.time()
     for step in train(model, head, optimizer, dataset, val_loader, args, step):

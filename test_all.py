@@ -289,14 +289,14 @@ def test_resume_equals_uninterrupted(demo, tmp_path, monkeypatch):
              "--batch-size", 2, "--grad-accum", 2, "--save-every", 1]
     run_main(distill, *flags, "--out", tmp_path / "whole")
     genuine = distill.step_loss
-    for stop in (1, 3):  # Ctrl-C once in each phase
+    for stop in (0, 2):  # Ctrl-C once in each phase
         def interrupted(*args):
             if args[3] == stop and inspect.currentframe().f_back.f_code.co_name == "train":
                 os.kill(os.getpid(), signal.SIGINT)
             return genuine(*args)
         monkeypatch.setattr(distill, "step_loss", interrupted)
         with pytest.raises(SystemExit, match="--resume"):
-            run_main(distill, *flags, "--out", tmp_path / "parts", *(["--resume"] if stop > 1 else []))
+            run_main(distill, *flags, "--out", tmp_path / "parts", *(["--resume"] if stop else []))
     monkeypatch.setattr(distill, "step_loss", genuine)
     with pytest.raises(SystemExit, match="not 0.5"):
         run_main(distill, *flags, "--out", tmp_path / "parts", "--resume", "--lr", 0.5)
@@ -510,7 +510,7 @@ def test_bad_records_are_named(line, message, tmp_path):
     (annotate, ["missing.jsonl"], "missing.jsonl is no file"), (annotate, ["README.md"], "ends in '.md'"),
     (annotate, ["--demo", 5], "--demo 5"), (annotate, ["--frames", "nowhere"], "--frames nowhere"),
     (annotate, ["--limit", 0], "--limit 0"), (distill, ["--lr", 0], "--lr 0"),
-    (distill, ["--data", "missing.jsonl"], "missing.jsonl does not exist"),
+    (distill, ["--data", "missing.jsonl", "--out", "new"], "missing.jsonl does not exist"),
     (distill, ["--batch-size", 0], "--batch-size 0"), (distill, ["--out", "."], "holds other files"),
     (distill, ["--resume", "--out", "nowhere"], "--resume"), (infer, [".ci"], "holds no pictures"),
     (infer, ["missing.png"], "missing.png does not exist"), (infer, ["--batch-size", 0], "--batch-size 0"),
@@ -520,7 +520,7 @@ def test_bad_records_are_named(line, message, tmp_path):
 def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
     monkeypatch.chdir(ROOT)
     if module is distill and "--data" not in flags:
-        flags = [*flags, "--data", demo / "train.jsonl", "--steps", 1, "--tower-steps", 0]
+        flags = ["--out", demo / "unused", *flags, "--data", demo / "train.jsonl", "--steps", 1, "--tower-steps", 0]
     with pytest.raises(SystemExit) as error:
         run_main(module, *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
