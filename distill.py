@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Stage II of SemanticFace, semantic distillation (arXiv 2603.14827, Sec. 3.2): image -> description + coefficients.
+"""Stage II of SemanticFace, semantic distillation (arXiv 2603.14827, Sec. 3.2): image -> words and numbers.
 
-Fine-tunes a Qwen-VL model to look at a face, write what the muscles do, then the 52 ARKit coefficients at one decimal:
+Fine-tunes a Qwen-VL model to look at a face and write what the muscles do, then the 52 ARKit coefficients:
     {"analysis": {"expression_category": "slight happiness", ...}, "arkit": {"eyeBlinkLeft": 0.1, ...}}
 
 Reads:  annotated records (.jsonl) of annotate.py; the demo is drawn first if it is not there
-Writes: a folder that transformers loads as it stands (config.json, model.safetensors, tokenizer), and beside it
-        run.json (settings, prompt, versions), log.jsonl (losses) and, until the run ends, state.pt (for --resume)
+Writes: a folder that transformers loads as it stands (config.json, model.safetensors, tokenizer), with
+        run.json (settings, prompt, versions), log.jsonl (losses) and, until it ends, state.pt (for --resume)
 
-    python distill.py                                                     # the demo: a tiny Qwen3-VL from scratch
+    python distill.py                                       # the demo: a tiny Qwen3-VL from scratch
     python distill.py --model Qwen/Qwen3-VL-4B-Instruct --data train.jsonl --out runs/mine
 
 Shapes: B images, T tokens, P image patches, D width, V vocabulary, N supervised tokens, C = 52 coefficients.
@@ -45,23 +45,25 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 # The 52 names in Live Link Face column order; the same block stands in every script.
 ARKIT_NAMES = [
-    "eyeBlinkLeft", "eyeLookDownLeft", "eyeLookInLeft", "eyeLookOutLeft", "eyeLookUpLeft", "eyeSquintLeft", "eyeWideLeft",
-    "eyeBlinkRight", "eyeLookDownRight", "eyeLookInRight", "eyeLookOutRight", "eyeLookUpRight", "eyeSquintRight", "eyeWideRight",
-    "jawForward", "jawRight", "jawLeft", "jawOpen", "mouthClose", "mouthFunnel", "mouthPucker", "mouthRight", "mouthLeft",
-    "mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft", "mouthFrownRight", "mouthDimpleLeft", "mouthDimpleRight",
-    "mouthStretchLeft", "mouthStretchRight", "mouthRollLower", "mouthRollUpper", "mouthShrugLower", "mouthShrugUpper",
-    "mouthPressLeft", "mouthPressRight", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight",
-    "browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight",
-    "cheekPuff", "cheekSquintLeft", "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
+    "eyeBlinkLeft", "eyeLookDownLeft", "eyeLookInLeft", "eyeLookOutLeft", "eyeLookUpLeft",
+    "eyeSquintLeft", "eyeWideLeft", "eyeBlinkRight", "eyeLookDownRight", "eyeLookInRight",
+    "eyeLookOutRight", "eyeLookUpRight", "eyeSquintRight", "eyeWideRight", "jawForward", "jawRight",
+    "jawLeft", "jawOpen", "mouthClose", "mouthFunnel", "mouthPucker", "mouthRight", "mouthLeft",
+    "mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft", "mouthFrownRight", "mouthDimpleLeft",
+    "mouthDimpleRight", "mouthStretchLeft", "mouthStretchRight", "mouthRollLower", "mouthRollUpper",
+    "mouthShrugLower", "mouthShrugUpper", "mouthPressLeft", "mouthPressRight", "mouthLowerDownLeft",
+    "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight", "browDownLeft", "browDownRight",
+    "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
+    "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # one decimal, Sec. 3.2
-PROMPT = "Describe the facial muscle movements, then give the 52 ARKit blendshape coefficients as one JSON object."
+PROMPT = "Describe the facial muscle movements, then give the 52 ARKit blendshape coefficients as JSON."
 ARCHITECTURES = ["qwen3_vl", "qwen2_5_vl"]
 IGNORE_INDEX = -100
 SKELETON, TEXT, NUMBER = 0, 1, 2  # kinds of tokens
 
-# DIFFERS FROM PAPER: braces, names and quotes weigh less than what the picture decides; they are learnt at once.
+# DIFFERS FROM PAPER: braces, names and quotes weigh less than what the picture decides.
 SKELETON_WEIGHT = 0.2
 # DIFFERS FROM PAPER: how --grounding teaches a small model to look (see hide_words, choose_supervision).
 HIDDEN = {TEXT: (0.3, 0.1), NUMBER: (1.0, 0.1)}  # share of tokens hidden at the first and at the last step
@@ -78,29 +80,34 @@ WORKERS = 2  # processes that prepare pictures and tokens
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Reads the command line, or `argv`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
 
     def by_model(name: str) -> str:
         return f"(default: {TINY[name]} for tiny, {PRETRAINED[name]} for a pretrained model)"
 
-    add("--data", default="data/demo/train.jsonl", help="annotated records to learn from (default %(default)s)")
-    add("--val", help="annotated records for the validation loss (default: val.jsonl beside --data, if there is one)")
-    add("--model", default="tiny", help="tiny, or a Qwen3-VL or Qwen2.5-VL as hub id or folder (default %(default)s)")
+    add("--data", default="data/demo/train.jsonl", help="annotated records (default %(default)s)")
+    add("--val", help="records for the validation loss (default: val.jsonl beside --data, if there is one)")
+    add("--model", default="tiny",
+        help="tiny, or a Qwen3-VL or Qwen2.5-VL as hub id or folder (default %(default)s)")
     add("--out", default="runs/demo", help="run folder (default %(default)s)")
     add("--supervision", choices=["semantic", "numeric"], default="semantic",
         help="description then numbers, or numbers only (default %(default)s)")
     add("--steps", type=int, help=f"optimizer steps of distillation {by_model('steps')}")
-    add("--tower-steps", type=int, help="steps before that in which the vision tower learns to regress the coefficients "
-                                        + by_model("tower_steps"))
+    add("--tower-steps", type=int,
+        help=f"steps before, in which the vision tower learns to regress {by_model('tower_steps')}")
     add("--batch-size", type=int, default=8, help="images per forward pass (default %(default)s)")
     add("--grad-accum", type=int, default=1, help="forward passes per optimizer step (default %(default)s)")
     add("--lr", type=float, help=f"peak learning rate {by_model('lr')}")
     add("--grounding", action=argparse.BooleanOptionalAction,
-        help=f"hide words and phase the description in, so that the model learns to look {by_model('grounding')}")
+        help=f"hide words, phase the description in: teaches to look {by_model('grounding')}")
     add("--max-pixels", type=int, help=f"pixels that an image is scaled to {by_model('max_pixels')}")
-    add("--save-every", type=int, default=500, help="steps between saves and validation losses (default %(default)s)")
-    add("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with the unfinished run in --out")
+    add("--save-every", type=int, default=500,
+        help="steps between saves and validation losses (default %(default)s)")
+    add("--resume", action=argparse.BooleanOptionalAction, default=False,
+        help="go on with the unfinished run in --out")
     add("--limit", type=int, help="use the first LIMIT records only")
     add("--seed", type=int, default=0, help="of weights, order and hidden words (default %(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -117,25 +124,27 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
     """Reads annotated records. Raises SystemExit, naming the line, at the first that cannot be used."""
     if not path.is_file() or path.stat().st_size == 0:
         state = "is empty" if path.is_file() else "does not exist"
-        raise SystemExit(f"{path} {state}; expected annotated records, made with: python annotate.py LABELS --out {path}")
+        raise SystemExit(f"{path} {state}; make it with: python annotate.py LABELS --out {path}")
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()[:limit], 1):
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise SystemExit(f"{where}: not JSON ({error}); expected one record a line; delete the line if it was cut off")
+            raise SystemExit(f"{where}: not JSON ({error}); expected a record; delete the line if cut off")
         if not isinstance(record, dict) or not isinstance(record.get("coefficients"), dict):
-            raise SystemExit(f"{where}: no coefficients; expected annotated records, made with: python annotate.py LABELS")
-        coefficients, image, description = record["coefficients"], record.get("image"), record.get("description")
+            raise SystemExit(f"{where}: no coefficients; expected records of python annotate.py")
+        coefficients, image = record["coefficients"], record.get("image")
         unusable = [name for name in ARKIT_NAMES if not is_coefficient(coefficients.get(name))]
         if unusable or len(coefficients) != len(ARKIT_NAMES):
             given = {name: coefficients.get(name) for name in unusable[:3]} or "unknown names"
-            raise SystemExit(f"{where}: coefficients with {given}; expected the 52 ARKit names, each a number from 0 to 1")
+            raise SystemExit(f"{where}: {given}; expected the 52 ARKit names, each a number from 0 to 1")
         if not isinstance(image, str) or not (path.parent / image).is_file():
-            raise SystemExit(f"{where}: image {image!r} is no file beside {path.name}; training needs a picture a record")
-        if supervision == "semantic" and not all(isinstance((description or {}).get(field), str) for field in FIELDS):
-            raise SystemExit(f"{where}: no complete description; run python annotate.py {path}, or use --supervision numeric")
+            raise SystemExit(f"{where}: image {image!r} is no file; training needs a picture a record")
+        description = record.get("description") or {}
+        if supervision == "semantic" and not all(isinstance(description.get(field), str) for field in FIELDS):
+            fix = f"run python annotate.py {path}, or use --supervision numeric"
+            raise SystemExit(f"{where}: no complete description; {fix}")
         records.append({**record, "image": str(path.parent / image)})
     return records
 
@@ -161,7 +170,7 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
 
 
 def answer_skeleton(supervision: str) -> list[tuple]:
-    """The answer as (fixed text, slot) pairs: the text is known in advance, the slot (a field, a coefficient, None at the end) is not."""
+    """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, at the end, None."""
     pieces, text = [], "{"
     if supervision == "semantic":
         text += '"analysis": {'
@@ -177,17 +186,17 @@ def answer_skeleton(supervision: str) -> list[tuple]:
 
 
 class FaceDataset(Dataset):
-    """(index, supervision) -> pixel_values (P, .), image_grid_thw (1, 3), and input_ids, labels, weights, kinds (T).
+    """(index, supervision) -> pixel_values (P, .), image_grid_thw (1, 3), input_ids, labels, weights, kinds.
 
-    The labels are IGNORE_INDEX on the prompt: exactly the answer and its end token are supervised. Pieces of the answer are
-    tokenised one by one, so that their boundaries are those of decoding, where the skeleton is fed and the slots generated.
+    The labels are IGNORE_INDEX on the prompt: exactly the answer and its end token are supervised. Pieces of
+    the answer are tokenised one by one, with the boundaries of decoding, where the skeleton is fed.
     """
 
     def __init__(self, records: list[dict], tokenizer, image_processor, args: argparse.Namespace):
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
         self.size = {"shortest_edge": args.max_pixels, "longest_edge": args.max_pixels}
-        self.skeletons = {supervision: [(self.encode(text), slot) for text, slot in answer_skeleton(supervision)]
-                          for supervision in ("semantic", "numeric")}
+        self.skeletons = {kind: [(self.encode(text), slot) for text, slot in answer_skeleton(kind)]
+                          for kind in ("semantic", "numeric")}
         self.values = {value: self.encode(value) for value in VALUES}
 
     def encode(self, text: str) -> list[int]:
@@ -199,7 +208,8 @@ class FaceDataset(Dataset):
         previous = None
         for skeleton_ids, slot in self.skeletons[supervision]:
             # The token that closes a text is undecided too: the model says when the text ends.
-            weights += [1.0 if previous in FIELDS else SKELETON_WEIGHT] + [SKELETON_WEIGHT] * (len(skeleton_ids) - 1)
+            weights.append(1.0 if previous in FIELDS else SKELETON_WEIGHT)
+            weights += [SKELETON_WEIGHT] * (len(skeleton_ids) - 1)
             if slot in FIELDS:
                 slot_ids = self.encode(json.dumps(record["description"][slot], ensure_ascii=False)[1:-1])
             else:
@@ -232,29 +242,33 @@ class FaceDataset(Dataset):
 
     def collate(self, items: list[dict]) -> dict:
         """Joins items: token tensors are padded on the right to (B, T); patches follow one another (P, .)."""
-        batch = {name: torch.cat([item[name] for item in items]) for name in ("pixel_values", "image_grid_thw", "coefficients")}
-        padding = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE_INDEX, "weights": 0.0, "kinds": SKELETON}
+        joined = ("pixel_values", "image_grid_thw", "coefficients")
+        batch = {name: torch.cat([item[name] for item in items]) for name in joined}
+        pad_id = self.tokenizer.pad_token_id
+        padding = {"input_ids": pad_id, "labels": IGNORE_INDEX, "weights": 0.0, "kinds": SKELETON}
         for name, value in padding.items():
-            batch[name] = nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True, padding_value=value)
+            rows = [item[name] for item in items]
+            batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
         image_pad_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         batch["mm_token_type_ids"] = (batch["input_ids"] == image_pad_id).long()
         return batch
 
 
 def batch_indices(count: int, batch_size: int, seed: int, start: int, stop: int):
-    """Yields the records of batches `start` to `stop` - 1. Every epoch has an order of its own, a function of the seed alone."""
+    """Yields the records of batches `start` to `stop` - 1, in an order that the seed alone decides."""
     per_epoch = max(1, count // batch_size)
     for batch in range(start, stop):
         epoch, place = divmod(batch, per_epoch)
         if batch == start or place == 0:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+            order = torch.randperm(count, generator=generator).tolist()
         yield order[place * batch_size:(place + 1) * batch_size]
 
 
 def choose_supervision(args: argparse.Namespace, batch: int, place: int) -> str:
     """With --grounding the description phases in: at first all answers are numbers only, later none is.
 
-    A coefficient's name says where to look, a sentence does not: on numbers the decoder learns to read the picture sooner.
+    A coefficient's name says where to look, a sentence does not: numbers teach the decoder to look sooner.
     """
     progress = batch / (args.steps * args.grad_accum)
     lot = random.Random(f"{args.seed} {batch} {place}").random()
@@ -262,15 +276,16 @@ def choose_supervision(args: argparse.Namespace, batch: int, place: int) -> str:
 
 
 def step_batches(dataset: FaceDataset, args: argparse.Namespace, start: int):
-    """Yields the batches of one optimizer step after another, from step `start`: first the tower's, then the language model's."""
-    first = max(start - args.tower_steps, 0) * args.grad_accum
+    """Yields the batches of each optimizer step from `start` on, the tower's before the language model's."""
+    first, stop = max(start - args.tower_steps, 0) * args.grad_accum, args.steps * args.grad_accum
     tower = batch_indices(len(dataset), TOWER_BATCH * args.batch_size, args.seed, start, args.tower_steps)
-    language = batch_indices(len(dataset), args.batch_size, args.seed + 1, first, args.steps * args.grad_accum)
+    language = batch_indices(len(dataset), args.batch_size, args.seed + 1, first, stop)
     tower_keys = [[(index, "numeric") for index in batch] for batch in tower]
     language_keys = [[(index, choose_supervision(args, number, place)) for place, index in enumerate(batch)]
                      for number, batch in enumerate(language, first)]
     for keys, count in ((tower_keys, 1), (language_keys, args.grad_accum)):
-        batches = iter(DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate, num_workers=WORKERS))
+        loader = DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate, num_workers=WORKERS)
+        batches = iter(loader)
         while step := list(itertools.islice(batches, count)):
             yield step
 
@@ -280,10 +295,10 @@ def step_batches(dataset: FaceDataset, args: argparse.Namespace, start: int):
 # ---------------------------------------------------------------------------------------------------
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer for `texts` with Qwen-VL's special tokens: any text encodes, and what recurs is one token.
+    """A byte-level tokenizer for `texts` with Qwen-VL's special tokens: any text encodes, in few tokens.
 
-    One token each: frequent words, phrases between punctuation marks (superwords, arXiv 2503.13423), the pieces of the
-    answer's skeleton and the eleven values. The short answers that follow are what makes training on a CPU possible.
+    One token each: frequent words, phrases between punctuation marks (superwords, arXiv 2503.13423), the
+    pieces of the answer's skeleton and the eleven values. Answers this short make training on a CPU possible.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
@@ -294,57 +309,64 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = split
     bpe.decoder = decoders.ByteLevel()
     special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        additional_special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
+                                        pad_token="<|endoftext|>", additional_special_tokens=special)
     phrases = Counter(phrase for text in texts for phrase in re.findall(r"[^,.:]+:?", text))
-    pieces = [phrase for phrase, count in phrases.most_common(1000) if count >= 20] + [PROMPT, "user\n", "assistant\n"]
-    pieces += [text for supervision in ("semantic", "numeric") for text, _ in answer_skeleton(supervision)] + VALUES
+    pieces = [phrase for phrase, count in phrases.most_common(1000) if count >= 20]
+    pieces += [PROMPT, "user\n", "assistant\n"] + VALUES
+    pieces += [text for kind in ("semantic", "numeric") for text, _ in answer_skeleton(kind)]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(pieces)])
     return tokenizer
 
 
 def build_tiny(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
-    """Qwen3-VL at a million parameters: D = 96, three layers each; 64 patches of 8 x 8 pixels become 16 image tokens."""
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in
-           (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
+    """Qwen3-VL at a million parameters: D = 96, three layers each, 64 patches, 16 image tokens."""
+    places = {"image": "image_pad", "video": "video_pad",
+              "vision_start": "vision_start", "vision_end": "vision_end"}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+           for name, token in places.items()}
     # Weights start at about 1 / sqrt(D); the library's 0.02 suits widths of thousands and learns slowly here.
     text = {"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24, "initializer_range": 0.08,
-            "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 4, 4]},
-            "tie_word_embeddings": True, "max_position_embeddings": 4096}
-    vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 288, "num_heads": 4, "patch_size": 8, "initializer_range": 0.04,
-              "out_hidden_size": 96, "num_position_embeddings": 64, "deepstack_visual_indexes": [1]}
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
+            "tie_word_embeddings": True, "max_position_embeddings": 4096, "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 4, 4]}}
+    vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 288, "num_heads": 4, "patch_size": 8,
+              "initializer_range": 0.04, "out_hidden_size": 96, "num_position_embeddings": 64,
+              "deepstack_visual_indexes": [1]}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    return Qwen3VLForConditionalGeneration(config)
 
 
 def load_model(args: argparse.Namespace, records: list[dict]) -> tuple:
-    """Returns (model, tokenizer, image processor): tiny, built around the words of `records`, or one from a folder or the hub."""
+    """Returns (model, tokenizer, image processor): tiny, or a pretrained one."""
     if args.model == "tiny":
-        tokenizer = build_tokenizer([text for record in records for text in record.get("description", {}).values()])
-        image_processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        descriptions = [record.get("description") or {} for record in records]
+        tokenizer = build_tokenizer([text for description in descriptions for text in description.values()])
+        to_unit = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pixels from -1 to 1
+        image_processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, **to_unit)
         return build_tiny(tokenizer), tokenizer, image_processor
     try:
         kind = AutoConfig.from_pretrained(args.model).model_type
         if kind not in ARCHITECTURES:
-            raise SystemExit(f"--model {args.model} is a {kind}; expected one of {', '.join(ARCHITECTURES)}, or tiny")
-        # AutoProcessor would need torchvision for its video half; tokenizer and PIL image processor do all that is needed.
+            raise SystemExit(f"--model {args.model} is a {kind}; expected tiny, {' or '.join(ARCHITECTURES)}")
+        # AutoProcessor would need torchvision for its video half; these two do all that is needed.
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         image_processor = AutoImageProcessor.from_pretrained(args.model, backend="pil")
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f"--model {args.model} cannot be loaded ({reason}); expected tiny, a folder with a Qwen-VL model, "
-                         "or a hub id such as Qwen/Qwen3-VL-4B-Instruct")
+        expected = "expected tiny, a folder, or a hub id such as Qwen/Qwen3-VL-4B-Instruct"
+        raise SystemExit(f"--model {args.model} cannot be loaded ({reason}); {expected}")
     return model, tokenizer, image_processor
 
 
 class RegressionHead(nn.Module):
-    """Reads the coefficients off the image tokens as inner products with the decoder's own embeddings of their names.
+    """Reads the coefficients off the image tokens, as inner products with the embeddings of their names.
 
-    It stands in for the pretraining that the tiny model lacks, and is the baseline that the result is compared with. The tie
-    to the embeddings aligns picture and words: the decoder then finds a coefficient by matching its name against the image.
-    With weights of its own, the regression is as good, yet the decoder still ignored the picture after 6,000 faces.
+    It stands in for the pretraining that the tiny model lacks. The tie to the embeddings aligns picture and
+    words: the decoder then finds a coefficient by matching its name against the image. With weights of its
+    own the regression is as good, but the decoder still ignored the picture after 6,000 faces.
     """
 
     def __init__(self, name_ids: list[int]):
@@ -354,7 +376,7 @@ class RegressionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(name_ids)))
 
     def forward(self, model: nn.Module, batch: dict, tokens: torch.Tensor) -> torch.Tensor:
-        """Image tokens of the whole batch, one image after another (., D) -> coefficients (B, C), unbounded."""
+        """Image tokens of the whole batch, one image after another (., D) -> coefficients (B, C)."""
         counts = batch["image_grid_thw"].prod(dim=1) // model.model.visual.spatial_merge_size ** 2  # (B,)
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
         means = torch.stack([part.mean(dim=0) for part in tokens.split(counts.tolist())])  # (B, D)
@@ -367,10 +389,12 @@ class RegressionHead(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 
 def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy in nats and weight of each supervised token, (N,) each, and the image tokens (., D) that the model saw."""
+    """Cross-entropy (nats) and weight of each supervised token, (N,) each, and the image tokens (., D)."""
     seen = []
-    hook = model.model.visual.register_forward_hook(lambda module, args, output: seen.append(output.pooler_output))
-    inputs = {name: batch[name] for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")}
+    tower = model.model.visual
+    hook = tower.register_forward_hook(lambda module, args, output: seen.append(output.pooler_output))
+    names = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    inputs = {name: batch[name] for name in names}
     # No attention mask: padding stands on the right, where a causal model does not look.
     hidden = model.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
     hook.remove()
@@ -381,22 +405,24 @@ def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Ten
 
 
 def hide_words(batch: dict, progress: float, pad_id: int, seed: int) -> dict:
-    """Word dropout (Bowman et al. 2016, Sec. 3.1): replaces a share of the answer's words and numbers, as inputs, by padding.
+    """Word dropout (Bowman et al. 2016, Sec. 3.1): hides a share of the answer's words as inputs.
 
-    Left alone, a decoder predicts each word from the words before it and never learns to look at the picture; and numbers
-    trained behind a perfect description lean on it, though at inference it is the model's own. While all numbers are hidden
-    the picture is their only source; the share that stays hidden keeps them from trusting what stands before.
+    Left alone, a decoder predicts each word from the words before it and never learns to look; and numbers
+    trained behind a perfect description lean on it, though at inference it is the model's own. While all
+    numbers are hidden the picture is their only source; the share that stays hidden keeps them doubtful.
     """
     rates = torch.zeros(3)
     for kind, (first, last) in HIDDEN.items():
         rates[kind] = first + (last - first) * progress
-    lots = torch.rand(batch["kinds"].shape, generator=torch.Generator().manual_seed(seed)).to(batch["kinds"].device)
-    hidden = lots < rates.to(lots.device)[batch["kinds"]]  # (B, T)
+    kinds = batch["kinds"]
+    lots = torch.rand(kinds.shape, generator=torch.Generator().manual_seed(seed)).to(kinds.device)
+    hidden = lots < rates.to(kinds.device)[kinds]  # (B, T)
     return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, pad_id)}
 
 
-def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int, args: argparse.Namespace, pad_id: int) -> float:
-    """Forward and backward over the batches of one optimizer step. Returns the loss: squared error, or nats a weighted token."""
+def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int, args: argparse.Namespace,
+              pad_id: int) -> float:
+    """Forward and backward over one step's batches. Returns squared error, or nats a weighted token."""
     kind = torch.device(args.device).type
     total_weight = sum(float(batch["weights"][:, 1:].sum()) for batch in batches)
     total = 0.0
@@ -404,7 +430,8 @@ def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int,
         batch = {name: tensor.to(args.device, non_blocking=True) for name, tensor in batch.items()}
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
             if step < args.tower_steps:
-                tokens = model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
+                tower = model.model.visual
+                tokens = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
                 loss = F.mse_loss(head(model, batch, tokens), batch["coefficients"]) / len(batches)
             else:
                 if args.grounding:
@@ -423,7 +450,7 @@ def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int,
 
 @torch.no_grad()
 def validate(model: nn.Module, head: nn.Module, loader: DataLoader, args: argparse.Namespace) -> dict:
-    """val_loss: nats per weighted token behind the true beginning. tower_rmse: error of the regression head."""
+    """val_loss: nats per weighted token after the true beginning. tower_rmse: of the regression head."""
     model.eval()
     squared, nats, weight_sum = [], 0.0, 0.0
     for batch in loader:
@@ -440,11 +467,11 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDataset, val_loader: DataLoader,
-          args: argparse.Namespace, step: int):
-    """Trains from `step` on. Yields the next step whenever it is time to save: every --save-every steps, at the end, on Ctrl-C."""
+def train(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDataset,
+          val_loader: DataLoader, args: argparse.Namespace, step: int):
+    """Trains from `step` on. Yields the next step when it is time to save (also at the end and on Ctrl-C)."""
     last, losses, interrupts = args.tower_steps + args.steps, [], []
-    # Ctrl-C ends the run between two steps, with the weights whole; the worker processes inherit the handler and carry on.
+    # Ctrl-C ends the run between two steps, with the weights whole; the workers inherit the handler.
     previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     bar = tqdm(total=last, initial=step, unit=" steps", disable=None)
@@ -456,7 +483,7 @@ def train(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, d
                 group["lr"] = args.lr * schedule(*phase) * (1.0 if in_tower else group["pace"])
             losses.append(step_loss(model, head, batches, step, args, dataset.tokenizer.pad_token_id))
             if not math.isfinite(losses[-1]):
-                raise SystemExit(f"the loss became {losses[-1]} at step {step}; start anew with a --lr below {args.lr}")
+                raise SystemExit(f"the loss is {losses[-1]} at step {step}; choose a --lr below {args.lr}")
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -480,13 +507,15 @@ def train(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, d
     signal.signal(signal.SIGINT, previous)
 
 
-def estimate_seconds(model: nn.Module, head: nn.Module, dataset: FaceDataset, args: argparse.Namespace, start: int) -> float:
-    """Seconds that the steps from `start` on will take, from a few measured steps of either kind; no weight changes."""
+def estimate_seconds(model: nn.Module, head: nn.Module, dataset: FaceDataset, args: argparse.Namespace,
+                     start: int) -> float:
+    """Seconds that the steps from `start` on will take, judged by a few that change no weight."""
     seconds = 0.0
     for first, end in ((0, args.tower_steps), (args.tower_steps, args.tower_steps + args.steps)):
         stamps = []
         # From the middle, where answers with and without description are mixed.
-        for batches in itertools.islice(step_batches(dataset, args, (first + end) // 2), 8 if start < end else 0):
+        steps = step_batches(dataset, args, (first + end) // 2)
+        for batches in itertools.islice(steps, 8 if start < end else 0):
             step_loss(model, head, batches, first, args, dataset.tokenizer.pad_token_id)
             stamps.append(time.time())
         if len(stamps) > 3:
@@ -500,25 +529,28 @@ def estimate_seconds(model: nn.Module, head: nn.Module, dataset: FaceDataset, ar
 # Saving and resuming
 # ---------------------------------------------------------------------------------------------------
 
-def save_state(path: Path, settings: dict, step: int, model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Saves all that the next step depends on, whole or not at all. Order and dropout are functions of seed and step."""
-    state = {"settings": settings, "step": step, "model": model.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict()}
+def save_state(path: Path, settings: dict, step: int, model: nn.Module, head: nn.Module,
+               optimizer: torch.optim.Optimizer) -> None:
+    """Saves all that the next step depends on; order and hidden words are functions of seed and step."""
+    state = {"settings": settings, "step": step, "model": model.state_dict(), "head": head.state_dict(),
+             "optimizer": optimizer.state_dict()}
     torch.save(state, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)
 
 
 def load_state(path: Path, settings: dict) -> dict:
-    """Reads state.pt. Raises SystemExit, naming the flag, when the run in the folder was started with other settings."""
+    """Reads state.pt. Raises SystemExit, naming the flag, when the run was started with other settings."""
     if not path.is_file():
-        raise SystemExit(f"--resume: {path} does not exist, there is no unfinished run in {path.parent}; start one without --resume")
+        raise SystemExit(f"--resume: {path.parent} holds no unfinished run; start one without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file surfaces as one of several types, all with the same cure
-        raise SystemExit(f"--resume: {path} cannot be read ({type(error).__name__}); delete {path.parent} and start anew")
+        fix = f"delete {path.parent} and start anew"
+        raise SystemExit(f"--resume: {path} cannot be read ({type(error).__name__}); {fix}")
     for name, value in state["settings"].items():
         if settings[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"--resume: the run in {path.parent} has {flag} {value}, not {settings[name]}; give the same flags, or another --out")
+            given = f"has --{name.replace('_', '-')} {value}, not {settings[name]}"
+            raise SystemExit(f"--resume: the run in {path.parent} {given}; repeat its flags, or change --out")
     return state
 
 
@@ -535,25 +567,28 @@ def save_checkpoint(folder: Path, model: nn.Module, tokenizer, image_processor, 
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Fills in the flags that depend on the model. Raises SystemExit on values that cannot work and on an occupied --out."""
+    """Fills in the flags that depend on the model. SystemExit on unusable values and on an occupied --out."""
     for name, value in (TINY if args.model == "tiny" else PRETRAINED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     for name in ("steps", "batch_size", "grad_accum", "save_every", "max_pixels", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a whole number of at least 1")
-    if args.tower_steps < 0 or args.lr <= 0:
-        raise SystemExit(f"--tower-steps {args.tower_steps}, --lr {args.lr}: expected at least 0, and above 0")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a whole number of at least 1")
+    if args.tower_steps < 0 or not args.lr > 0:
+        raise SystemExit(f"--tower-steps {args.tower_steps}, --lr {args.lr}: expected 0 or more, and above 0")
     out = Path(args.out)
     files = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if "run.json" in files:
-        raise SystemExit(f"--out {out} holds a finished run; use it (python infer.py --model {out}), delete it, or choose another")
+        raise SystemExit(f"--out {out} holds a finished run; use it (python infer.py --model {out}), "
+                         "delete it, or choose another folder")
     if "state.pt" in files and not args.resume:
-        raise SystemExit(f"--out {out} holds an unfinished run; go on with it by adding --resume, delete it, or choose another")
+        raise SystemExit(f"--out {out} holds an unfinished run; add --resume, delete it, or choose another")
     if files - {"state.pt", "state.partial", "log.jsonl", "checkpoint.partial"}:
-        raise SystemExit(f"--out {out} holds other files ({', '.join(sorted(files)[:3])}); choose a new or empty folder")
+        given = ", ".join(sorted(files)[:3])
+        raise SystemExit(f"--out {out} holds other files ({given}); choose a new or empty folder")
 
 
 def draw_demo(data: Path) -> None:
@@ -566,11 +601,13 @@ def draw_demo(data: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Runs the stage."""
     check_args(args)
     torch.manual_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()
     data, out = Path(args.data), Path(args.out)
-    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "device", "save_every", "out")}
+    free = ("resume", "device", "save_every", "out")  # may differ when a run is resumed
+    settings = {name: value for name, value in vars(args).items() if name not in free}
     state = load_state(out / "state.pt", settings) if args.resume else None
     draw_demo(data)
     val = Path(args.val) if args.val else data.with_name("val.jsonl")
@@ -580,8 +617,10 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer, image_processor = load_model(args, records)
     dataset = FaceDataset(records, tokenizer, image_processor, args)
     val_keys = [(index, args.supervision) for index in range(len(val_records))]
-    val_batches = [val_keys[first:first + args.batch_size] for first in range(0, len(val_keys), args.batch_size)]
-    val_loader = DataLoader(FaceDataset(val_records, tokenizer, image_processor, args), batch_sampler=val_batches, collate_fn=dataset.collate)
+    size = args.batch_size
+    val_batches = [val_keys[first:first + size] for first in range(0, len(val_keys), size)]
+    val_set = FaceDataset(val_records, tokenizer, image_processor, args)
+    val_loader = DataLoader(val_set, batch_sampler=val_batches, collate_fn=dataset.collate)
     head = RegressionHead([ids[-1] for ids, slot in dataset.skeletons["numeric"] if slot])
     model.to(args.device).train()
     head.to(args.device)
@@ -613,7 +652,7 @@ def main(args: argparse.Namespace) -> None:
     for step in train(model, head, optimizer, dataset, val_loader, args, step):
         save_state(out / "state.pt", settings, step, model, head, optimizer)
     if step < last:
-        raise SystemExit(f"interrupted after step {step}; nothing is lost, go on with the same command and --resume")
+        raise SystemExit(f"interrupted after step {step}; nothing is lost, repeat the command with --resume")
     run = {**settings, "prompt": PROMPT, "torch": torch.__version__, "transformers": transformers.__version__}
     save_checkpoint(out, model.eval(), tokenizer, image_processor, run)
     (out / "state.pt").unlink()

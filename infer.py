@@ -36,14 +36,16 @@ from transformers.utils import logging
 
 # The 52 names in Live Link Face column order; the same block stands in every script.
 ARKIT_NAMES = [
-    "eyeBlinkLeft", "eyeLookDownLeft", "eyeLookInLeft", "eyeLookOutLeft", "eyeLookUpLeft", "eyeSquintLeft", "eyeWideLeft",
-    "eyeBlinkRight", "eyeLookDownRight", "eyeLookInRight", "eyeLookOutRight", "eyeLookUpRight", "eyeSquintRight", "eyeWideRight",
-    "jawForward", "jawRight", "jawLeft", "jawOpen", "mouthClose", "mouthFunnel", "mouthPucker", "mouthRight", "mouthLeft",
-    "mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft", "mouthFrownRight", "mouthDimpleLeft", "mouthDimpleRight",
-    "mouthStretchLeft", "mouthStretchRight", "mouthRollLower", "mouthRollUpper", "mouthShrugLower", "mouthShrugUpper",
-    "mouthPressLeft", "mouthPressRight", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight",
-    "browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight",
-    "cheekPuff", "cheekSquintLeft", "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
+    "eyeBlinkLeft", "eyeLookDownLeft", "eyeLookInLeft", "eyeLookOutLeft", "eyeLookUpLeft",
+    "eyeSquintLeft", "eyeWideLeft", "eyeBlinkRight", "eyeLookDownRight", "eyeLookInRight",
+    "eyeLookOutRight", "eyeLookUpRight", "eyeSquintRight", "eyeWideRight", "jawForward", "jawRight",
+    "jawLeft", "jawOpen", "mouthClose", "mouthFunnel", "mouthPucker", "mouthRight", "mouthLeft",
+    "mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft", "mouthFrownRight", "mouthDimpleLeft",
+    "mouthDimpleRight", "mouthStretchLeft", "mouthStretchRight", "mouthRollLower", "mouthRollUpper",
+    "mouthShrugLower", "mouthShrugUpper", "mouthPressLeft", "mouthPressRight", "mouthLowerDownLeft",
+    "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight", "browDownLeft", "browDownRight",
+    "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
+    "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # one decimal, Sec. 3.2
@@ -54,6 +56,7 @@ MAX_ASPECT = 200  # the image processor refuses a picture that is longer than th
 
 
 def parse_args(argv=None) -> argparse.Namespace:
+    """Reads the command line, or `argv`."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
@@ -125,7 +128,8 @@ def try_image(source) -> tuple:
     try:
         picture = source.convert("RGB") if isinstance(source, Image.Image) else open_image(source)
         if max(picture.size) > MAX_ASPECT * min(picture.size):
-            raise ValueError(f"{picture.width} x {picture.height} pixels, one side over {MAX_ASPECT} times the other")
+            size = f"{picture.width} x {picture.height} pixels"
+            raise ValueError(f"{size}, one side is over {MAX_ASPECT} times the other")
         return picture, None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return None, f"{type(error).__name__}: {error}"
@@ -165,7 +169,7 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
 
 
 def answer_skeleton(supervision: str) -> list[tuple]:
-    """The answer as (fixed text, slot) pairs: the text is known in advance, the slot (a field, a coefficient, None at the end) is not."""
+    """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, at the end, None."""
     pieces, text = [], "{"
     if supervision == "semantic":
         text += '"analysis": {'
@@ -383,6 +387,7 @@ def write_livelink(path: Path, records: list[dict], fps: int) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Runs the stage."""
     if args.batch_size < 1 or args.fps < 1 or (args.limit is not None and args.limit < 1):
         given = f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}"
         raise SystemExit(f"{given}: expected whole numbers of at least 1")

@@ -198,7 +198,8 @@ def test_render_draws_predictions(demo, tmp_path):
 # ---------------------------------------------------------------------------------------------------
 
 def make_dataset(demo: Path, supervision: str, count: int = 8):
-    args = distill.parse_args(["--data", str(demo / "train.jsonl"), "--supervision", supervision, "--out", "unused"])
+    flags = ["--data", str(demo / "train.jsonl"), "--supervision", supervision, "--out", "unused"]
+    args = distill.parse_args(flags)
     distill.check_args(args)
     records = distill.read_records(demo / "train.jsonl", supervision, count)
     torch.manual_seed(0)
@@ -520,7 +521,7 @@ def test_bad_records_are_named(line, message, tmp_path):
 def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
     monkeypatch.chdir(ROOT)
     if module is distill and "--data" not in flags:
-        flags = ["--out", demo / "unused", *flags, "--data", demo / "train.jsonl", "--steps", 1, "--tower-steps", 0]
+        flags = ["--out", demo / "unused", *flags, "--data", demo / "train.jsonl", "--steps", 1]
     with pytest.raises(SystemExit) as error:
         run_main(module, *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
