@@ -35,7 +35,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -352,7 +352,7 @@ def load_model(args: argparse.Namespace, records: list[dict]) -> tuple:
             raise SystemExit(f"--model {args.model} is a {kind}; expected tiny, {' or '.join(ARCHITECTURES)}")
         # AutoProcessor would need torchvision for its video half; these two do all that is needed.
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        image_processor = AutoImageProcessor.from_pretrained(args.model, backend="pil")
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(args.model)
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -27,7 +27,8 @@ from types import SimpleNamespace
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
 # ---------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto") -> SimpleName
         weights_dtype = auto if dtype == "auto" else getattr(torch, dtype)
         network = AutoModelForImageTextToText.from_pretrained(folder, dtype=weights_dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     except Exception as error:  # a damaged file surfaces as one of a dozen types, all with the same cure
         why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise SystemExit(f"--model {folder} cannot be read ({why}); copy it again or repeat distill.py")
