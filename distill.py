@@ -338,6 +338,24 @@ def build_tiny(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGener
     return Qwen3VLForConditionalGeneration(config)
 
 
+def whiten_patches(model: nn.Module, pixel_values: torch.Tensor) -> None:
+    """Starts the patch embedding as the whitening of real patches (P, .), and makes positions as strong as content.
+
+    Neighbouring pixels are nearly equal, so that the fine differences that tell expressions apart are a tiny
+    part of the variance. On smooth, photo-like faces the tower learns nothing for minutes without this start
+    (whitening as in airbench, arXiv 2404.00498).
+    """
+    tower = model.model.visual
+    mean = pixel_values.mean(dim=0)
+    variances, directions = torch.linalg.eigh((pixel_values - mean).T @ (pixel_values - mean) / len(pixel_values))
+    width = tower.patch_embed.embed_dim
+    whitening = (directions[:, -width:] / (variances[-width:] + 1e-3).sqrt()).T  # (D, .)
+    with torch.no_grad():
+        tower.patch_embed.proj.weight.copy_(whitening.view_as(tower.patch_embed.proj.weight))
+        tower.patch_embed.proj.bias.copy_(-whitening @ mean)
+        tower.pos_embed.weight.mul_(12)
+
+
 def load_model(args: argparse.Namespace, records: list[dict]) -> tuple:
     """Returns (model, tokenizer, image processor): tiny, or a pretrained one."""
     if args.model == "tiny":
@@ -621,6 +639,9 @@ def main(args: argparse.Namespace) -> None:
     val_batches = [val_keys[first:first + size] for first in range(0, len(val_keys), size)]
     val_set = FaceDataset(val_records, tokenizer, image_processor, args)
     val_loader = DataLoader(val_set, batch_sampler=val_batches, collate_fn=dataset.collate)
+    if args.model == "tiny" and args.tower_steps:
+        sample = [dataset[index, "numeric"]["pixel_values"] for index in range(min(400, len(dataset)))]
+        whiten_patches(model, torch.cat(sample))
     head = RegressionHead([ids[-1] for ids, slot in dataset.skeletons["numeric"] if slot])
     model.to(args.device).train()
     head.to(args.device)
