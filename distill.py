@@ -339,7 +339,7 @@ def build_tiny(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGener
 
 
 def whiten_patches(model: nn.Module, pixel_values: torch.Tensor) -> None:
-    """Starts the patch embedding as the whitening of real patches (P, .), and makes positions as strong as content.
+    """Starts the patch embedding as the whitening of real patches (P, .), positions as strong as content.
 
     Neighbouring pixels are nearly equal, so that the fine differences that tell expressions apart are a tiny
     part of the variance. On smooth, photo-like faces the tower learns nothing for minutes without this start
@@ -347,7 +347,8 @@ def whiten_patches(model: nn.Module, pixel_values: torch.Tensor) -> None:
     """
     tower = model.model.visual
     mean = pixel_values.mean(dim=0)
-    variances, directions = torch.linalg.eigh((pixel_values - mean).T @ (pixel_values - mean) / len(pixel_values))
+    centred = pixel_values - mean
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
     width = tower.patch_embed.embed_dim
     whitening = (directions[:, -width:] / (variances[-width:] + 1e-3).sqrt()).T  # (D, .)
     with torch.no_grad():
@@ -450,19 +451,18 @@ def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int,
             if step < args.tower_steps:
                 tower = model.model.visual
                 tokens = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
-                loss = F.mse_loss(head(model, batch, tokens), batch["coefficients"]) / len(batches)
+                loss = shown = F.mse_loss(head(model, batch, tokens), batch["coefficients"]) / len(batches)
             else:
                 if args.grounding:
                     seed = args.seed * 1_000_003 + step * 101 + number
                     batch = hide_words(batch, (step - args.tower_steps) / args.steps, pad_id, seed)
                 losses, weights, tokens = token_losses(model, batch)
-                loss = (losses * weights).sum() / total_weight
-                total += loss.item()
+                loss = shown = (losses * weights).sum() / total_weight
                 if args.tower_steps:  # without it, the first large gradients undo the alignment
                     regression = F.mse_loss(head(model, batch, tokens), batch["coefficients"]) / len(batches)
                     loss = loss + ALIGNMENT_WEIGHT * regression
         loss.backward()
-        total += loss.item() if step < args.tower_steps else 0.0
+        total += shown.item()
     return total
 
 
