@@ -65,8 +65,9 @@ SKELETON, TEXT, NUMBER = 0, 1, 2  # kinds of tokens
 
 # DIFFERS FROM PAPER: braces, names and quotes weigh less than what the picture decides.
 SKELETON_WEIGHT = 0.2
-# DIFFERS FROM PAPER: how --grounding teaches a small model to look (see hide_words, choose_supervision).
+# DIFFERS FROM PAPER: how --grounding teaches a small model to look (see hide_words, doubt_words, choose_supervision).
 HIDDEN = {TEXT: (0.3, 0.1), NUMBER: (1.0, 0.1)}  # share of tokens hidden at the first and at the last step
+GUESSED = {TEXT: 0.5, NUMBER: 0.5}  # share of answers with guessed words, share of guessed numbers
 NUMERIC_SHARE = 0.8  # of the steps, until which answers without description are mixed in
 ALIGNMENT_WEIGHT = 10.0  # of the regression loss beside the language loss
 
@@ -155,8 +156,10 @@ def is_coefficient(value) -> bool:
 
 
 def open_image(path: str) -> Image.Image:
-    """Opens a picture upright and in RGB, on white where it is transparent."""
+    """Opens a picture upright and in RGB: 16-bit grey is scaled down, what is transparent becomes white."""
     image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -297,8 +300,8 @@ def step_batches(dataset: FaceDataset, args: argparse.Namespace, start: int):
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer for `texts` with Qwen-VL's special tokens: any text encodes, in few tokens.
 
-    One token each: frequent words, phrases between punctuation marks (superwords, arXiv 2503.13423), the
-    pieces of the answer's skeleton and the eleven values. Answers this short make training on a CPU possible.
+    One token each: frequent words, phrases with the punctuation mark before them (superwords, arXiv
+    2503.13423), the pieces of the answer's skeleton and the eleven values. Answers this short make training on a CPU possible.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
@@ -311,7 +314,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
                                         pad_token="<|endoftext|>", additional_special_tokens=special)
-    phrases = Counter(phrase for text in texts for phrase in re.findall(r"[^,.:]+:?", text))
+    phrases = Counter(phrase for text in texts for phrase in re.findall(r"[,.]?[^,.:]+:?", text))
     pieces = [phrase for phrase, count in phrases.most_common(1000) if count >= 20]
     pieces += [PROMPT, "user\n", "assistant\n"] + VALUES
     pieces += [text for kind in ("semantic", "numeric") for text, _ in answer_skeleton(kind)]
@@ -439,6 +442,34 @@ def hide_words(batch: dict, progress: float, pad_id: int, seed: int) -> dict:
     return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, pad_id)}
 
 
+@torch.no_grad()
+def doubt_words(model: nn.Module, batch: dict, pad_id: int, seed: int) -> dict:
+    """Parallel scheduled sampling (arXiv 1906.04331): puts the model's own guesses in place of the truth.
+
+    Numbers trained behind perfect words lean on them, though at inference the words are the model's own. So
+    in a share of the answers every word is what the model would have said there, and only the numbers are
+    trained; a share of the numbers is guessed in the same way. Hidden tokens stay hidden.
+    """
+    device = batch["input_ids"].device
+    names = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    hidden = model.model(**{name: batch[name] for name in names}, use_cache=False).last_hidden_state
+    kinds, inputs = batch["kinds"][:, 1:], batch["input_ids"][:, 1:]  # (B, T-1)
+    undecided = kinds != SKELETON
+    logits = model.lm_head(hidden[:, :-1][undecided]).float()  # (N, V)
+    logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
+    generator = torch.Generator(device).manual_seed(seed)
+    guesses = inputs.clone()
+    guesses[undecided] = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    lots = torch.rand(kinds.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    doubtful_text = (kinds == TEXT) & (lots[:, :1] < GUESSED[TEXT])  # (B, T-1)
+    guessed = doubtful_text | (kinds == NUMBER) & (lots < GUESSED[NUMBER])
+    guessed &= inputs != pad_id
+    start = batch["input_ids"][:, :1]
+    weights = F.pad(batch["weights"][:, 1:].masked_fill(doubtful_text, 0.0), (1, 0))  # (B, T)
+    return {**batch, "weights": weights,
+            "input_ids": torch.cat([start, torch.where(guessed, guesses, inputs)], dim=1)}
+
+
 def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int, args: argparse.Namespace,
               pad_id: int) -> float:
     """Forward and backward over one step's batches. Returns squared error, or nats a weighted token."""
@@ -456,6 +487,7 @@ def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int,
                 if args.grounding:
                     seed = args.seed * 1_000_003 + step * 101 + number
                     batch = hide_words(batch, (step - args.tower_steps) / args.steps, pad_id, seed)
+                    batch = doubt_words(model, batch, pad_id, seed)
                 losses, weights, tokens = token_losses(model, batch)
                 loss = shown = (losses * weights).sum() / total_weight
                 if args.tower_steps:  # without it, the first large gradients undo the alignment

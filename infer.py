@@ -6,28 +6,35 @@ answer is valid and complete by construction. The model decides the words of the
 coefficient, a distribution over the eleven values 0.0, 0.1, ... 1.0, whose mean is the estimate (RAIL,
 arXiv 2403.04182) and whose standard deviation is reported.
 
-Reads:  pictures, folders of pictures, .jsonl records with an "image"; a checkpoint folder of distill.py
+Reads:  pictures, folders of pictures, .jsonl records with an "image"; a checkpoint folder of distill.py,
+        or, with --decode generate --prompt FILE, a Qwen-VL trained elsewhere
 Writes: prediction records, one JSON object a line, image paths relative to the file; an unreadable picture
-        becomes an error record; with --csv also a Live Link Face take
+        becomes an error record; with --csv a Live Link Face take, with --plot a chart of each picture
     {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05, ...},
      "description": {"expression_category": "slight happiness", ...}, "error": null}
 
-    python infer.py photo.jpg folder/ --model runs/demo --out predictions.jsonl --csv take.csv
+    python infer.py photo.jpg folder/ --model runs/demo --out predictions.jsonl --csv take.csv --plot charts/
 
 Shapes: B images in a batch, T tokens so far, n new tokens, V vocabulary, C = 52 coefficients.
 """
 import argparse
 import csv
 import json
+import math
 import os
+import re
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
@@ -53,6 +60,13 @@ VALUES = [f"{k / 10:.1f}" for k in range(11)]  # one decimal, Sec. 3.2
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
 MAX_TEXT_TOKENS = 400  # of one description field
+MAX_NEW_TOKENS = 2048  # of an answer with --decode generate
+FOREIGN_PIXELS = 1024 * 32 * 32  # of a picture for a checkpoint trained elsewhere: 1024 image tokens
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"}
+WINDOW = 32  # undecided tokens of the numbers that one pass feeds
+READERS = 4  # threads that open pictures ahead of the model
+COLORS = {"subject's left": (0, 114, 178), "subject's right": (230, 159, 0), "unpaired": (120, 120, 120)}
+INK, GRID = (40, 40, 40), (225, 225, 225)
 MAX_ASPECT = 200  # the image processor refuses a picture that is longer than this
 
 
@@ -66,7 +80,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--model", default="runs/demo", help="checkpoint folder of distill.py (default %(default)s)")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
     add("--csv", help="also write a Live Link Face take, one row for each picture in order")
+    add("--plot", help="also draw a chart of each picture into this folder")
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
+    add("--decode", choices=["forced", "generate"], default="forced",
+        help="feed the skeleton, or let the model write it all and read what it wrote (default %(default)s)")
+    add("--prompt", help="text file with the prompt of a checkpoint trained elsewhere, for --decode generate; "
+        "what stands before a line --- is its system prompt")
     add("--estimate", choices=["mean", "median", "mode"], default="mean",
         help="of each distribution; mode is what greedy decoding writes (default %(default)s)")
     add("--numeric", action=argparse.BooleanOptionalAction, default=False, help="numbers, no description")
@@ -87,8 +106,7 @@ def list_images(inputs: list[str]) -> list[Path]:
     images = []
     for path in map(Path, inputs):
         if path.is_dir():
-            suffixes = Image.registered_extensions()
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not found:
                 raise SystemExit(f"{path} holds no pictures; expected files such as .png, .jpg or .webp")
             images += found
@@ -116,8 +134,10 @@ def images_of_records(path: Path) -> list[Path]:
 
 
 def open_image(path: str) -> Image.Image:
-    """Opens a picture upright and in RGB, on white where it is transparent."""
+    """Opens a picture upright and in RGB: 16-bit grey is scaled down, what is transparent becomes white."""
     image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -128,39 +148,71 @@ def try_image(source) -> tuple:
     """Returns (picture, None), or (None, why) where `source`, a path or an open picture, cannot be used."""
     try:
         picture = source.convert("RGB") if isinstance(source, Image.Image) else open_image(source)
-        if max(picture.size) > MAX_ASPECT * min(picture.size):
-            size = f"{picture.width} x {picture.height} pixels"
-            raise ValueError(f"{size}, one side is over {MAX_ASPECT} times the other")
-        return picture, None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise a dozen types on damaged files
         return None, f"{type(error).__name__}: {error}"
+    if max(picture.size) > MAX_ASPECT * min(picture.size):
+        size = f"{picture.width} x {picture.height} pixels"
+        return None, f"{size}: one side is over {MAX_ASPECT} times the other; crop the picture to the face"
+    return picture, None
+
+
+def open_ahead(images: list, batch_size: int):
+    """Yields (sources, their pictures) batch by batch; threads open the next batch while one is decoded."""
+    waiting = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(images), batch_size):
+            sources = images[start:start + batch_size]
+            waiting.append((sources, pool.map(try_image, sources)))
+            if len(waiting) > 1:
+                sources, opened = waiting.popleft()
+                yield sources, list(opened)
+        for sources, opened in waiting:
+            yield sources, list(opened)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------
 
-def load(model_dir: str, device: str = "cpu", dtype: str = "auto") -> SimpleNamespace:
-    """Loads a checkpoint folder of distill.py for `predict`. SystemExit if it holds no finished one."""
-    folder = Path(model_dir)
-    if not (folder / "config.json").is_file() or not (folder / "run.json").is_file():
-        fix = "make one with: python distill.py"
+def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: str | None = None):
+    """Loads a checkpoint folder of distill.py for `predict`. SystemExit if it holds no finished one.
+
+    With `prompt_file`, any Qwen-VL as folder or hub id, for the decoding "generate".
+    """
+    folder, run = Path(model_dir), {"prompt": "", "supervision": "semantic", "max_pixels": None}
+    finished = (folder / "config.json").is_file() and (folder / "run.json").is_file()
+    if not finished and not prompt_file:
+        fix = "make one with: python distill.py; one trained elsewhere needs --decode generate --prompt FILE"
         if (folder / "state.pt").is_file():
             fix = f"finish the run with: python distill.py --out {folder} --resume"
         raise SystemExit(f"--model {folder} holds no finished checkpoint (config.json and run.json); {fix}")
     try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if finished:
+            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         weights_dtype = auto if dtype == "auto" else getattr(torch, dtype)
-        network = AutoModelForImageTextToText.from_pretrained(folder, dtype=weights_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        network = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=weights_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
     except Exception as error:  # a damaged file surfaces as one of a dozen types, all with the same cure
         why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise SystemExit(f"--model {folder} cannot be read ({why}); copy it again or repeat distill.py")
-    return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, prompt=run["prompt"],
-                           image_processor=image_processor, supervision=run["supervision"],
-                           max_pixels=run["max_pixels"], device=torch.device(device))
+        raise SystemExit(f"--model {model_dir} cannot be read ({why}); copy it again or repeat distill.py")
+    system, prompt = read_prompt(Path(prompt_file)) if prompt_file else ("", run["prompt"])
+    # A checkpoint of distill.py gets pictures scaled as in its training, any other within its own bounds.
+    pixels = run["max_pixels"]
+    size = {"shortest_edge": pixels or FOREIGN_PIXELS // 16, "longest_edge": pixels or FOREIGN_PIXELS}
+    return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, system=system,
+                           prompt=prompt, image_processor=image_processor, size=size,
+                           supervision=run["supervision"], device=torch.device(device))
+
+
+def read_prompt(path: Path) -> tuple[str, str]:
+    """Reads (system turn of the chat, prompt) from a text file, parted by a line --- if there are both."""
+    if not path.is_file() or not path.read_text(encoding="utf-8").strip():
+        state = "is empty" if path.is_file() else "does not exist"
+        raise SystemExit(f"--prompt {path} {state}; expected a text file with the prompt")
+    *system, prompt = re.split(r"^---$", path.read_text(encoding="utf-8"), maxsplit=1, flags=re.M)
+    return "".join(f"<|im_start|>system\n{text.strip()}<|im_end|>\n" for text in system), prompt.strip()
 
 
 def prompt_text(prompt: str, image_tokens: int) -> str:
@@ -187,10 +239,9 @@ def answer_skeleton(supervision: str) -> list[tuple]:
 
 def prepare(model: SimpleNamespace, images: list[Image.Image]) -> dict:
     """Pictures -> model inputs: prompts (B, T) padded on the left, so that answers start in one column."""
-    size = {"shortest_edge": model.max_pixels, "longest_edge": model.max_pixels}
-    pixels = model.image_processor(images, size=size, return_tensors="pt")
+    pixels = model.image_processor(images, size=model.size, return_tensors="pt")
     counts = pixels["image_grid_thw"].prod(dim=1) // model.image_processor.merge_size ** 2  # (B,)
-    texts = [prompt_text(model.prompt, count) for count in counts.tolist()]
+    texts = [model.system + prompt_text(model.prompt, count) for count in counts.tolist()]
     prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     width = max(map(len, prompts))
     input_ids = torch.tensor([[model.tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
@@ -206,94 +257,162 @@ def prepare(model: SimpleNamespace, images: list[Image.Image]) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Decoding: feed the skeleton, decide the slots
+# Forced decoding: feed the skeleton, decide the slots
 # ---------------------------------------------------------------------------------------------------
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, in buffers with room for more: torch.cat would copy all at each step."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple:
+        """Appends (B, heads, n, D) tensors and returns views of all keys and values so far."""
+        length = self.get_seq_length()
+        stop = length + key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
+        if stop > self.buffers[0].shape[2]:
+            kept = self.keys, self.values
+            self.buffers = [states.new_empty(*states.shape[:2], 2 * stop, states.shape[3])
+                            for states in (key_states, value_states)]
+            if length:
+                for buffer, states in zip(self.buffers, kept):
+                    buffer[:, :, :length] = states
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, length:stop] = states
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
+        return self.keys, self.values
+
+
 class Answers:
-    """B answers in the making: key-value cache, mask of its tokens (B, T), next token's logits (B, V)."""
+    """B answers in the making: their key-value cache and the mask of its tokens (B, T)."""
 
     def __init__(self, network, inputs: dict):
-        self.network = network
-        output = network(**inputs, use_cache=True, logits_to_keep=1)
-        self.cache, self.logits = output.past_key_values, output.logits[:, -1].float()
-        self.mask = inputs["attention_mask"]
+        self.network, self.mask = network, inputs["attention_mask"]
+        self.cache = DynamicCache()
+        self.cache.layers = [RoomyLayer() for _ in range(network.config.text_config.num_hidden_layers)]
+        network(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.offset = network.model.rope_deltas  # (B, 1): an image takes fewer positions than tokens
 
-    def feed(self, ids: torch.Tensor, active: torch.Tensor) -> None:
-        """Appends tokens (B, n); an answer not `active` (B,) gets masked padding and keeps its logits."""
+    def feed(self, ids: torch.Tensor, active: torch.Tensor, places: torch.Tensor | int = 1) -> torch.Tensor:
+        """Appends tokens (B, n), as masked padding where an answer is not `active` (B,).
+
+        Returns the logits (B, ., V) behind the tokens at `places`, or behind the last ones.
+        """
         added = active[:, None].expand(-1, ids.shape[1]).to(self.mask.dtype)  # (B, n)
         self.mask = torch.cat([self.mask, added], dim=1)  # (B, T + n)
         positions = (self.mask.cumsum(dim=1) - 1)[:, -ids.shape[1]:] + self.offset  # (B, n)
         output = self.network(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache,
-                              position_ids=positions.expand(3, -1, -1), use_cache=True, logits_to_keep=1)
-        self.logits = torch.where(active[:, None], output.logits[:, -1].float(), self.logits)
+                              position_ids=positions.expand(3, -1, -1), use_cache=True, logits_to_keep=places)
+        return output.logits.float()
+
+    def take_back(self, count: int) -> None:
+        """Removes the last `count` tokens."""
+        if count:
+            self.cache.crop(-count)
+            self.mask = self.mask[:, :-count]
 
 
-def decode_text(answers: Answers, closing_id: int, pad_id: int) -> list[list[int]]:
-    """Greedy decoding until the token that closes the text, without it. Returns each answer's token ids."""
-    active = torch.ones(len(answers.logits), dtype=torch.bool, device=answers.logits.device)
-    texts = [[] for _ in active]
+def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int, pad_id: int) -> list[list[int]]:
+    """Greedy decoding behind the skeleton, until the token that closes the text. Returns token ids."""
+    active = torch.ones(len(answers.mask), dtype=torch.bool, device=answers.mask.device)
+    ids = torch.tensor(skeleton_ids, device=active.device).expand(len(active), -1)
+    written = []
     for _ in range(MAX_TEXT_TOKENS):
-        ids = answers.logits.argmax(dim=-1)  # (B,)
-        active = active & (ids != closing_id)
+        chosen = answers.feed(ids, active)[:, -1].argmax(dim=-1)  # (B,)
+        active = active & (chosen != closing_id)
         if not active.any():
             break
-        for index in active.nonzero().flatten().tolist():
-            texts[index].append(int(ids[index]))
-        answers.feed(torch.where(active, ids, pad_id)[:, None], active)
-    return texts
+        written.append(torch.where(active, chosen, -1))
+        ids = torch.where(active, chosen, pad_id)[:, None]
+    rows = torch.stack(written, dim=1).tolist() if written else [[]] * len(active)
+    return [[token for token in row if token >= 0] for row in rows]
 
 
-def decode_value(answers: Answers, value_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decides one coefficient. value_ids (11, L): one token a value in the tiny model, else "0", ".", "3".
+def number_block(encode, pieces: list[tuple]) -> tuple[list, list, list]:
+    """The token ids of all names and values "0.0", and what is undecided among them.
 
-    Returns probabilities of the eleven values (B, 11) and the greedy choice (B,), last token not yet fed.
+    Returns ids, the columns of undecided tokens and their options: one token with eleven in the tiny model;
+    where digits are split, "0" or "1", and behind the point ten. S undecided tokens in all.
     """
-    if value_ids.shape[1] == 1:
-        probabilities = answers.logits[:, value_ids[:, 0]].softmax(dim=-1)
-        return probabilities, probabilities.argmax(dim=-1)
-    whole_ids, digit_ids = value_ids[[0, 10], 0], value_ids[:10, 2]
-    whole = answers.logits[:, whole_ids].softmax(dim=-1)  # (B, 2): "0" or "1"
-    is_one = whole[:, 1] > whole[:, 0]
-    ids = torch.stack([whole_ids[is_one.long()], value_ids[0, 1].expand(len(whole))], dim=1)
-    answers.feed(ids, torch.ones_like(is_one))
-    digits = answers.logits[:, digit_ids].softmax(dim=-1)  # (B, 10)
-    # After "1." only "0" is valid, and what was given to "0." counts as its neighbour 0.9.
-    digits = torch.where(is_one[:, None], torch.eye(10, device=digits.device)[9], digits)
-    probabilities = torch.cat([whole[:, :1] * digits, whole[:, 1:]], dim=1)
-    return probabilities, torch.where(is_one, 10, digits.argmax(dim=-1))
+    values = [encode(value) for value in VALUES]
+    assert len({len(value_ids) for value_ids in values}) == 1, f"values differ in length: {values}"
+    ids, columns, options = [], [], []
+    for text, _ in pieces:
+        ids += encode(text)
+        for place in range(len(values[0])):
+            choices = list(dict.fromkeys(value_ids[place] for value_ids in values))
+            if len(choices) > 1:
+                columns.append(len(ids))
+                options.append(choices)
+            ids.append(choices[0])
+    return ids, columns, options
+
+
+def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decides all undecided tokens by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
+
+    A guess for many tokens is fed at once. The first wrong one, and all before it, are then decided exactly
+    as by feeding one at a time; those after it have a better guess for the next pass. Returns the logits of
+    the options (B, S, O), -inf where there is none, and the greedy choice among them (B, S).
+    """
+    ids, columns, options = block
+    device, count = answers.mask.device, len(answers.mask)
+    most = max(map(len, options))
+    option_ids = torch.tensor([row + row[:1] * (most - len(row)) for row in options], device=device)  # (S, O)
+    is_option = torch.tensor([[place < len(row) for place in range(most)] for row in options], device=device)
+    tokens = torch.tensor(ids, device=device).repeat(count, 1)  # (B, T)
+    everyone = torch.ones(count, dtype=torch.bool, device=device)
+    scores = torch.zeros(count, len(columns), most, device=device)
+    choice = torch.zeros(count, len(columns), dtype=torch.long, device=device)
+    fed, done = 0, 0  # tokens in the cache, decided tokens
+    while done < len(columns):
+        window = slice(done, done + WINDOW)
+        places = torch.tensor(columns[window], device=device)  # (n,)
+        stop = columns[window][-1]
+        logits = answers.feed(tokens[:, fed:stop], everyone, places - 1 - fed)  # (B, n, V)
+        found = logits.gather(2, option_ids[window].expand(count, -1, -1))  # (B, n, O)
+        scores[:, window] = found.masked_fill(~is_option[window], -torch.inf)
+        guess = choice.clone()
+        choice[:, window] = scores[:, window].argmax(dim=-1)
+        if len(columns) == 2 * len(ARKIT_NAMES):  # where digits are split, only "0" can follow "1."
+            choice[:, 1::2].masked_fill_(choice[:, 0::2] == 1, 0)
+        wrong = (choice != guess)[:, window].any(dim=0).tolist()
+        chosen = choice[:, window, None]  # (B, n, 1)
+        tokens[:, places] = option_ids[window].expand(count, -1, -1).gather(2, chosen)[:, :, 0]
+        done += wrong.index(True) + 1 if True in wrong else len(wrong)
+        fed = columns[done - 1]  # what was fed behind it may have followed a wrong guess
+        answers.take_back(stop - fed)
+    return scores, choice
 
 
 @torch.inference_mode()
-def decode(model: SimpleNamespace, inputs: dict, supervision: str) -> tuple:
+def decode_forced(model: SimpleNamespace, inputs: dict, supervision: str) -> tuple:
     """Forced-skeleton decoding of a batch.
 
     Returns probabilities (B, C, 11), the greedy choice as numbers (B, C) and the descriptions.
     """
-    encode = model.tokenizer.encode
+    def encode(text: str) -> list[int]:
+        return model.tokenizer.encode(text, add_special_tokens=False)
+
     pieces = answer_skeleton(supervision)
-    skeleton = [(encode(text, add_special_tokens=False), slot) for text, slot in pieces]
-    encoded_values = [encode(value, add_special_tokens=False) for value in VALUES]
-    value_ids = torch.tensor(encoded_values, device=model.device)  # (11, L)
     answers = Answers(model.network, inputs)
-    everyone = torch.ones(len(inputs["input_ids"]), dtype=torch.bool, device=model.device)
-    pending = torch.empty(len(everyone), 0, dtype=torch.long, device=model.device)
-    probabilities, chosen, texts = [], [], [{} for _ in everyone]
-    for index, (skeleton_ids, slot) in enumerate(skeleton[:-1]):
-        ids = torch.tensor(skeleton_ids, device=model.device).expand(len(everyone), -1)
-        answers.feed(torch.cat([pending, ids], dim=1), everyone)
+    descriptions = [{} for _ in inputs["input_ids"]]
+    for (text, slot), (following, _) in zip(pieces, pieces[1:]):
         if slot in FIELDS:
-            closing_id = skeleton[index + 1][0][0]
-            written = decode_text(answers, closing_id, model.tokenizer.pad_token_id)
-            for text, text_ids in zip(texts, written):
-                text[slot] = unescape(model.tokenizer.decode(text_ids))
-            pending = pending[:, :0]
-        else:
-            distribution, choice = decode_value(answers, value_ids)
-            pending = value_ids[choice, -1:]
-            probabilities.append(distribution)
-            chosen.append(choice)
-    return torch.stack(probabilities, dim=1), torch.stack(chosen, dim=1), texts
+            written = decode_text(answers, encode(text), encode(following)[0], model.tokenizer.pad_token_id)
+            for description, text_ids in zip(descriptions, written):
+                description[slot] = unescape(model.tokenizer.decode(text_ids))
+    numbers = [piece for piece in pieces if piece[1] in ARKIT_NAMES]
+    scores, choice = decode_numbers(answers, number_block(encode, numbers))
+    if scores.shape[1] == len(ARKIT_NAMES):
+        return scores.softmax(dim=-1), choice, descriptions
+    # Digits are split: "0" or "1", then the tenths, of which "1." allows only "0".
+    whole, tenths = scores[:, 0::2, :2].softmax(dim=-1), scores[:, 1::2].softmax(dim=-1)  # (B, C, 2), (B, C, 10)
+    is_one = choice[:, 0::2] == 1  # (B, C)
+    # What was given to "0." where "1." is the choice counts as its neighbour 0.9.
+    tenths = torch.where(is_one[:, :, None], torch.eye(10, device=tenths.device)[9], tenths)
+    probabilities = torch.cat([whole[:, :, :1] * tenths, whole[:, :, 1:]], dim=-1)  # (B, C, 11)
+    return probabilities, torch.where(is_one, 10, choice[:, 1::2]), descriptions
 
 
 def unescape(text: str) -> str:
@@ -319,33 +438,90 @@ def estimate(probabilities: torch.Tensor, chosen: torch.Tensor, kind: str) -> tu
     return values[chosen], std
 
 
-def predict(model: SimpleNamespace, images: list, batch_size: int = 32, kind: str = "mean",
-            numeric: bool = False) -> list[dict]:
-    """Predicts the coefficients of `images` (paths or pictures), one prediction record each, in order.
+# ---------------------------------------------------------------------------------------------------
+# Free decoding: let the model write, read what it wrote
+# ---------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def decode_generate(model: SimpleNamespace, inputs: dict) -> list[str]:
+    """Greedy answers of transformers' own generate(), the reference for forced decoding."""
+    tokens = model.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)  # (B, T + n)
+    new_tokens = tokens[:, inputs["input_ids"].shape[1]:]
+    return model.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+
+
+def read_answer(text: str) -> tuple[dict, dict | None]:
+    """Reads (52 coefficients, description or None) from what a model wrote, as leniently as is safe.
+
+    The coefficients are the last JSON object, or its "arkit", named as in ARKit or in Live Link Face; other
+    keys are ignored and values clipped to 0..1. Raises ValueError where one is missing or no number.
+    """
+    decoder, answer, start = json.JSONDecoder(), None, text.find("{")
+    while start >= 0:
+        try:
+            answer, stop = decoder.raw_decode(text, start)
+        except json.JSONDecodeError:
+            stop = start + 1
+        start = text.find("{", stop)
+    if answer is None:
+        raise ValueError("the answer holds no whole JSON object")
+    given = answer["arkit"] if isinstance(answer.get("arkit"), dict) else answer
+    values = {name[:1].lower() + name[1:]: value for name, value in given.items()}
+    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+    missing = [name for name in ARKIT_NAMES if not numbers.get(name, math.nan) > -math.inf]
+    if missing:
+        raise ValueError(f"the answer lacks {len(missing)} coefficients: {', '.join(missing[:3])}, ...")
+    description = answer.get("analysis")
+    sections = re.split(r"^\W*\d\.[^\n]*\n", text[:text.rfind("{")], flags=re.M)[1:]  # under bold headings
+    if not isinstance(description, dict) and len(sections) == len(FIELDS):
+        description = dict(zip(FIELDS, map(str.strip, sections)))
+    return {name: min(max(0.0, numbers[name]), 1.0) for name in ARKIT_NAMES}, description
+
+
+# ---------------------------------------------------------------------------------------------------
+# Predicting
+# ---------------------------------------------------------------------------------------------------
+
+def answer(model: SimpleNamespace, pictures: list, kind: str, numeric: bool, decoding: str) -> list[dict]:
+    """The fields that a batch of pictures adds to their records."""
+    inputs = prepare(model, pictures)
+    if decoding == "forced":
+        supervision = "numeric" if numeric else model.supervision
+        probabilities, chosen, texts = decode_forced(model, inputs, supervision)
+        values, stds = estimate(probabilities, chosen, kind)
+        rows = zip(values.clamp(0, 1).tolist(), stds.tolist(), texts)
+        return [{"coefficients": {name: round(value, 4) for name, value in zip(ARKIT_NAMES, row)},
+                 "std": {name: round(value, 4) for name, value in zip(ARKIT_NAMES, spread)},
+                 "description": text or None} for row, spread, text in rows]
+    answers = []
+    for text in decode_generate(model, inputs):
+        try:
+            coefficients, description = read_answer(text)
+            answers.append({"coefficients": coefficients, "description": description})
+        except ValueError as error:
+            answers.append({"error": str(error), "answer": text})
+    return answers
+
+
+def predictions(model: SimpleNamespace, images: list, batch_size: int = 32, kind: str = "mean",
+                numeric: bool = False, decoding: str = "forced"):
+    """Yields the prediction record of each image (path or picture), in order and as they come.
 
     An unreadable picture gives a record with "error" set and null coefficients; a batch of them is free.
     """
-    records = []
-    for start in range(0, len(images), batch_size):
-        sources = images[start:start + batch_size]
-        opened = [try_image(source) for source in sources]
-        readable = [picture for picture, _ in opened if picture]
-        if readable:
-            supervision = "numeric" if numeric else model.supervision
-            probabilities, chosen, texts = decode(model, prepare(model, readable), supervision)
-            estimates = estimate(probabilities, chosen, kind)
-            values, stds = (tensor.clamp(0, 1).cpu().tolist() for tensor in estimates)
-            answers = iter(zip(values, stds, texts))
+    for sources, opened in open_ahead(images, batch_size):
+        pictures = [picture for picture, _ in opened if picture]
+        answers = iter(answer(model, pictures, kind, numeric, decoding) if pictures else [])
         for source, (picture, why) in zip(sources, opened):
             path = None if isinstance(source, Image.Image) else str(source)
             record = {"image": path, "coefficients": None, "std": None, "description": None, "error": why}
-            if picture:
-                row, spread, text = next(answers)
-                record["coefficients"] = {name: round(value, 4) for name, value in zip(ARKIT_NAMES, row)}
-                record["std"] = {name: round(value, 4) for name, value in zip(ARKIT_NAMES, spread)}
-                record["description"] = text or None
-            records.append(record)
-    return records
+            yield {**record, **next(answers)} if picture else record
+
+
+def predict(model: SimpleNamespace, images: list, batch_size: int = 32, kind: str = "mean",
+            numeric: bool = False, decoding: str = "forced") -> list[dict]:
+    """The prediction records of `images` (paths or pictures) in order; see `predictions`."""
+    return list(predictions(model, images, batch_size, kind, numeric, decoding))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -375,6 +551,7 @@ def resume(out: Path, settings: dict) -> list[dict]:
 def write_livelink(path: Path, records: list[dict], fps: int) -> None:
     """Writes a Live Link Face take: 61 columns, timecode HH:MM:SS:FF.mmm with gaps at failed pictures."""
     columns = [name[0].upper() + name[1:] for name in ARKIT_NAMES]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["Timecode", "BlendshapeCount"] + columns + ANGLES)
@@ -387,49 +564,155 @@ def write_livelink(path: Path, records: list[dict], fps: int) -> None:
             writer.writerow([timecode, 61] + values + ["0.0000000000"] * len(ANGLES))
 
 
-def main(args: argparse.Namespace) -> None:
-    """Runs the stage."""
+# ---------------------------------------------------------------------------------------------------
+# Charts
+# ---------------------------------------------------------------------------------------------------
+
+def wrap(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def strongest(coefficients: dict, count: int) -> list[tuple]:
+    """The `count` strongest actions as (title, names), Left and Right of an action together."""
+    groups = {}
+    for name in ARKIT_NAMES:
+        paired = name.replace("Left", "Right") in ARKIT_NAMES and name.replace("Right", "Left") in ARKIT_NAMES
+        title = re.sub("(Left|Right)$", "", name) if paired and len(name) > len("mouthRight") else name
+        groups.setdefault(title, []).append(name)
+    ranked = sorted(groups.items(), key=lambda group: -max(coefficients[name] for name in group[1]))
+    return ranked[:count]
+
+
+def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
+    """Draws the photo, the description and bars of the strongest actions, with one standard deviation."""
+    chart = Image.new("RGB", (1200, 675), "white")
+    draw = ImageDraw.Draw(chart)
+    small, large = ImageFont.load_default(17), ImageFont.load_default(26)
+    photo = ImageOps.contain(picture, (440, 360), Image.Resampling.LANCZOS)
+    chart.paste(photo, (40 + (440 - photo.width) // 2, 40))
+    description = record["description"] or {}
+    y = 40 + photo.height + 20
+    for index, text in enumerate(description.get(field, "") for field in FIELDS):
+        font = large if index == 0 else small
+        for line in wrap(draw, text, font, 440):
+            draw.text((40, y), line, INK, font)
+            y += font.size + 6
+        y += 4
+
+    left, right, top, rows = 760, 1150, 70, 12
+    for tick in range(6):
+        x = left + (right - left) * tick / 5
+        draw.line([x, top, x, 630], GRID, 1)
+        draw.text((x, 652), f"{tick / 5:.1f}", INK, small, anchor="mm")
+    for index, (label, color) in enumerate(COLORS.items()):
+        draw.rectangle([left + 150 * index, 36, left + 150 * index + 14, 50], color)
+        draw.text((left + 150 * index + 22, 43), label, INK, small, anchor="lm")
+    step = (630 - top) / rows
+    for row, (title, names) in enumerate(strongest(record["coefficients"], rows)):
+        middle = top + step * (row + 0.5)
+        draw.text((left - 12, middle), title, INK, small, anchor="rm")
+        for place, name in enumerate(names):
+            side = "unpaired" if len(names) == 1 else "subject's left" if name.endswith("Left") else "subject's right"
+            y = middle + (place - (len(names) - 1) / 2) * 16
+            value, spread = record["coefficients"][name], (record["std"] or {}).get(name, 0.0)
+            x, low, high = (left + (right - left) * min(max(end, 0.0), 1.0)
+                            for end in (value, value - spread, value + spread))
+            draw.rectangle([left, y - 6, x, y + 6], COLORS[side])
+            draw.line([low, y, high, y], INK, 2)
+    return chart
+
+
+def write_charts(folder: Path, records: list[dict], base: Path) -> None:
+    """Draws a chart for each prediction, named after its place and its picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, record in enumerate(tqdm(records, "drawing charts", unit=" charts", disable=None)):
+        if not record["error"]:
+            name = f"{index:06d}_{Path(record['image']).stem}.png"
+            draw_chart(open_image(base / record["image"]), record).save(folder / name)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The stage itself
+# ---------------------------------------------------------------------------------------------------
+
+def check_args(args: argparse.Namespace) -> None:
+    """SystemExit on unusable flags, before anything is loaded."""
     if args.batch_size < 1 or args.fps < 1 or (args.limit is not None and args.limit < 1):
         given = f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}"
         raise SystemExit(f"{given}: expected whole numbers of at least 1")
+    if args.prompt and args.decode == "forced":
+        raise SystemExit(f"--prompt {args.prompt} is for checkpoints trained elsewhere; add --decode generate")
+    if args.decode == "generate" and (args.numeric or args.estimate != "mean"):
+        raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
     if Path(args.out).absolute() in [Path(name).absolute() for name in args.inputs]:
         raise SystemExit(f"--out {args.out} is an INPUT and would be overwritten; choose another file")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the stage; under torchrun each process takes a share of the pictures and the first one merges."""
+    check_args(args)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if world_size > 1 and args.device == "cuda" else args.device
     images = list_images(args.inputs)[:args.limit]
     logging.disable_progress_bar()
-    model = load(args.model, args.device, args.dtype)
+    model = load(args.model, device, args.dtype, args.prompt)
     out = Path(args.out)
     base = out.parent.absolute()
     names = [os.path.relpath(image.absolute(), base) for image in images]
-    checkpoint = str(Path(args.model).absolute()), (Path(args.model) / "run.json").stat().st_mtime
-    settings = {"estimate": args.estimate, "numeric": args.numeric, "dtype": args.dtype}
-    records = resume(out, {"model": checkpoint, **settings})
-    done = {record["image"]: record for record in records}
-    todo = [(name, image) for name, image in zip(names, images) if name not in done]
-    count = f"{len(images)} pictures, {len(images) - len(todo)} done before"
-    print(f"{args.model} | {args.device} | {count} | {args.estimate} of each distribution")
+    parts = [out.with_name(f"{out.name}.{k}of{world_size}") for k in range(world_size)]
+    part = parts[rank] if world_size > 1 else out
 
-    bar = tqdm(total=len(todo), unit=" images", disable=None)
-    with bar, out.open("a", encoding="utf-8") as file:
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start:start + args.batch_size]
-            paths = [image for _, image in batch]
-            predictions = predict(model, paths, args.batch_size, args.estimate, args.numeric)
-            for (name, _), record in zip(batch, predictions):
-                done[name] = {**record, "image": name}
-                file.write(json.dumps(done[name], ensure_ascii=False) + "\n")
+    run_file = Path(args.model) / "run.json"
+    settings = {name: getattr(args, name) for name in ("estimate", "numeric", "dtype", "decode", "prompt")}
+    settings |= {"model": [str(run_file.absolute()), run_file.is_file() and run_file.stat().st_mtime]}
+    done = {record["image"]: record for record in resume(part, settings)}
+    share = list(zip(names, images))[rank::world_size]
+    todo = [(name, image) for name, image in share if name not in done]
+    if rank == 0:
+        count = f"{len(images)} pictures, {len(share) - len(todo)} done before"
+        how = f"{args.estimate} of each distribution" if args.decode == "forced" else "generate"
+        print(f"{args.model} | {device} | {count} | {how}", flush=True)
+    found = predictions(model, [image for _, image in todo], args.batch_size, args.estimate, args.numeric,
+                        args.decode)
+    bar = tqdm(found, total=len(todo), unit=" images", disable=True if rank else None)
+    with part.open("a", encoding="utf-8") as file:
+        for (name, _), record in zip(todo, bar):
+            done[name] = {**record, "image": name}
+            file.write(json.dumps(done[name], ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
-    out.with_name(out.name + ".unfinished").unlink()
 
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.barrier()
+        if rank:
+            return
+        done = {record["image"]: record for path in parts for record in map(json.loads, path.open())}
     records = [done[name] for name in names]
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    partial.replace(out)
+    for path in {part, *parts}:
+        path.with_name(path.name + ".unfinished").unlink(missing_ok=True)
+        if path != out:
+            path.unlink(missing_ok=True)
     failed = [record for record in records if record["error"]]
     for record in failed[:5]:
-        print(f"unreadable: {record['image']} ({record['error']})")
+        print(f"no prediction: {record['image']} ({record['error']})")
     if args.csv:
-        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
         write_livelink(Path(args.csv), records, args.fps)
         print(f"wrote {args.csv}")
-    print(f"wrote {out}: {len(records) - len(failed)} predictions, {len(failed)} unreadable pictures")
+    if args.plot:
+        write_charts(Path(args.plot), records, base)
+        print(f"wrote charts to {args.plot}")
+    print(f"wrote {out}: {len(records) - len(failed)} predictions, {len(failed)} pictures without")
     print("next: python evaluate.py" + ("" if args.out == "predictions.jsonl" else f" {out}"))
 
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def trained(demo, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "out"
     run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--batch-size", 4, "--steps", 250,
              "--tower-steps", 50, "--no-grounding", "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fluent(demo, tmp_path_factory) -> Path:
+    """The tiny model, trained on 16 faces until it writes whole answers."""
+    folder = tmp_path_factory.mktemp("fluent") / "out"
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 16, "--steps", 250, "--tower-steps", 20,
+             "--no-grounding", "--out", folder)
     return folder
 
 
@@ -239,6 +249,21 @@ def test_hidden_words_leave_skeleton_and_labels_alone(demo):
             assert changed[batch["kinds"] == kind].float().mean().item() == pytest.approx(share, abs=0.08)
 
 
+def test_guesses_replace_a_share_of_the_words_and_their_loss(demo):
+    model, dataset = make_dataset(demo, "semantic")
+    batch = dataset.collate([dataset[index, "semantic"] for index in range(8)])
+    doubted = distill.doubt_words(model, batch, dataset.tokenizer.pad_token_id, seed=1)
+    changed = doubted["input_ids"] != batch["input_ids"]
+    text, number = batch["kinds"] == distill.TEXT, batch["kinds"] == distill.NUMBER
+    assert not changed[batch["kinds"] == distill.SKELETON].any() and doubted["labels"] is batch["labels"]
+    rows = (changed & text).any(dim=1)  # untrained guesses are nearly all wrong
+    assert 0 < rows.sum() < 8 and changed[rows][text[rows]].float().mean() > 0.9
+    assert (doubted["weights"][rows][text[rows]] == 0).all()
+    rest = ~(text & rows[:, None])
+    assert torch.equal(doubted["weights"][rest], batch["weights"][rest])
+    assert changed[number].float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
 def test_descriptions_phase_in():
     args = distill.parse_args(["--steps", "100", "--out", "unused"])
     distill.check_args(args)
@@ -311,18 +336,52 @@ def test_resume_equals_uninterrupted(demo, tmp_path, monkeypatch):
 # infer.py
 # ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_forced_decoding_writes_what_generate_writes(trained, demo, batch_size):
-    predictor = infer.load(trained)
-    images = [infer.open_image(demo / record["image"]) for record in read_jsonl(demo / "train.jsonl")[:4]]
-    for start in range(0, 4, batch_size):
+def is_well_formed(written: str) -> bool:
+    """Whether an answer has all fields and names, once and in order, and only the eleven values."""
+    try:
+        answer = json.loads(written, parse_float=lambda text: f"<{text}>")
+    except json.JSONDecodeError:
+        return False
+    return (answer.keys() == {"analysis", "arkit"} and list(answer["analysis"]) == infer.FIELDS
+            and list(answer["arkit"]) == NAMES and written.count('": ') == 58
+            and {f"<{value}>" for value in infer.VALUES} >= set(answer["arkit"].values()))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_forced_decoding_writes_what_generate_writes(fluent, demo, batch_size, monkeypatch):
+    monkeypatch.setattr(infer, "MAX_NEW_TOKENS", 300)
+    predictor = infer.load(fluent)
+    records = read_jsonl(demo / "train.jsonl")[:32]  # half of them never seen
+    images = [infer.open_image(demo / record["image"]) for record in records]
+    well_formed, lengths = 0, set()
+    for start in range(0, 32, batch_size):
         inputs = infer.prepare(predictor, images[start:start + batch_size])
-        width = inputs["input_ids"].shape[1]
-        generated = predictor.network.generate(**inputs, do_sample=False, max_new_tokens=400)[:, width:]
-        _, chosen, texts = infer.decode(predictor, inputs, "semantic")
-        for ids, row, text in zip(generated, chosen.tolist(), texts):
-            answer = json.loads(predictor.tokenizer.decode(ids, skip_special_tokens=True))
-            assert answer == {"analysis": text, "arkit": {name: k / 10 for name, k in zip(NAMES, row)}}
+        _, chosen, texts = infer.decode_forced(predictor, inputs, "semantic")
+        for written, row, text in zip(infer.decode_generate(predictor, inputs), chosen.tolist(), texts):
+            numbers = {name: k / 10 for name, k in zip(NAMES, row)}
+            forced = json.dumps({"analysis": text, "arkit": numbers}, ensure_ascii=False)
+            if is_well_formed(written):
+                assert written == forced
+                well_formed += 1
+            lengths.add(len(forced))
+    assert well_formed >= 12 and len(lengths) >= 4
+
+
+def test_reader_of_foreign_answers():
+    heads = ["Category", "Muscles", "Emotion", "Symmetry"]
+    sections = "\n".join(f"**{k}. {head}**\n{head} {{text}}" for k, head in enumerate(heads, 1))
+    keys = {name[0].upper() + name[1:]: 0.3 for name in NAMES} | {"HeadYaw": -0.2, "TongueOut": -0.0}
+    coefficients, description = infer.read_answer(f"{sections}\n\n{json.dumps(keys)} end")
+    assert coefficients == {**dict.fromkeys(NAMES, 0.3), "tongueOut": 0.0} and list(coefficients) == NAMES
+    assert description["symmetry"] == "Symmetry {text}" and list(description) == infer.FIELDS
+    whole = {"analysis": dict.fromkeys(infer.FIELDS, "x"), "arkit": ZEROS}
+    assert infer.read_answer("{} " + json.dumps(whole)) == (ZEROS, whole["analysis"])
+    without = {name: value for name, value in ZEROS.items() if name != "jawOpen"}
+    for text, message in (("no braces", "no whole JSON"), (json.dumps(whole)[:-30], "lacks 52"),
+                          (json.dumps(without), "lacks 1 .*jawOpen"), (json.dumps({**ZEROS, "jawOpen": "x"}), "lacks 1"),
+                          (json.dumps({**ZEROS, "jawOpen": float("nan")}), "lacks 1")):
+        with pytest.raises(ValueError, match=message):
+            infer.read_answer(text)
 
 
 def test_estimates_of_a_known_distribution():
@@ -392,42 +451,111 @@ def test_real_architectures_from_a_folder(kind, demo, tmp_path):
         assert all(0 <= value <= 1 for value in prediction["coefficients"].values())
 
 
-def test_untrained_model_still_answers_in_full_and_broken_pictures_are_reported(demo, tmp_path):
+def test_checkpoint_trained_elsewhere(demo, tmp_path):
+    folder = make_qwen(tmp_path / "hub", "qwen3_vl")
+    (tmp_path / "prompt.txt").write_text("You read faces.\n---\nGive the coefficients.\n")
+    flags = [demo / "val.jsonl", "--model", folder, "--limit", 2, "--out", tmp_path / "p.jsonl"]
+    with pytest.raises(SystemExit, match="--prompt FILE"):
+        run_main(infer, *flags)
+    with pytest.raises(SystemExit, match="add --decode generate"):
+        run_main(infer, *flags, "--prompt", tmp_path / "prompt.txt")
+    run_main(infer, *flags, "--prompt", tmp_path / "prompt.txt", "--decode", "generate")
+    records = read_jsonl(tmp_path / "p.jsonl")  # it babbles, which is reported and kept
+    assert all("the answer" in record["error"] and record["answer"] for record in records)
+    predictor = infer.load(folder, prompt_file=tmp_path / "prompt.txt")
+    text = predictor.tokenizer.decode(infer.prepare(predictor, [Image.new("RGB", (64, 64))])["input_ids"][0])
+    assert text.startswith("<|im_start|>system\nYou read faces.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    assert "<|vision_end|>Give the coefficients.<|im_end|>" in text
+
+
+def make_odd_pictures(folder: Path) -> set:
+    """Fills a folder with pictures as people have them; returns the names of the readable ones."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((240, 160))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    photo.rotate(90, expand=True).save(folder / "rotated.jpg", exif=rotated, quality=95)
+    for mode, name in (("L", "gray.png"), ("CMYK", "cmyk.jpg"), ("P", "palette.png"), ("LA", "la.png"),
+                       ("1", "bit.png"), ("RGB", "UPPER.WEBP"), ("RGBA", "ünï 名.png")):
+        photo.convert(mode).save(folder / name)
+    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(folder / "gray16.png")
+    photo.save(folder / "animated.gif", save_all=True, append_images=[photo.rotate(9)])
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    readable = {path.name for path in folder.iterdir()}
+    Image.new("RGB", (1, 300)).save(folder / "line.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    (folder / "torn.jpg").write_bytes((folder / "cmyk.jpg").read_bytes()[:2000])
+    bomb = b"\x00\x00\x00\x0dIHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    bomb += zlib.crc32(bomb[4:]).to_bytes(4, "big") + b"\x00\x00\x00\x00IEND\xaeB`\x82"
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bomb)
+    (folder / "notes.txt").write_text("not a picture")
+    return readable
+
+
+def test_any_picture_is_answered_or_reported_even_untrained(demo, tmp_path):
     run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--steps", 1, "--tower-steps", 0,
              "--batch-size", 1, "--out", tmp_path / "run")
     pictures = tmp_path / "bilder ü"
-    pictures.mkdir()
-    Image.new("L", (40, 30), 128).save(pictures / "gray.png")
-    Image.new("CMYK", (33, 64)).save(pictures / "cmyk.jpg")
-    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(pictures / "alpha.png")
-    (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
-    (pictures / "notes.txt").write_text("not a picture")
-    Image.new("RGB", (1, 300)).save(pictures / "line.png")
-    flags = [pictures, "--model", tmp_path / "run", "--out", tmp_path / "p.jsonl",
-             "--csv", tmp_path / "p.csv", "--batch-size", 2]
-    run_main(infer, *flags)
+    readable = make_odd_pictures(pictures)
+    run_main(infer, pictures, "--model", tmp_path / "run", "--out", tmp_path / "p.jsonl", "--csv",
+             tmp_path / "p.csv", "--plot", tmp_path / "charts")
     records = {Path(record["image"]).name: record for record in read_jsonl(tmp_path / "p.jsonl")}
-    assert set(records) == {"gray.png", "cmyk.jpg", "alpha.png", "broken.png", "line.png"}
-    assert records.pop("broken.png")["error"].startswith("UnidentifiedImageError")
-    assert "1 x 300 pixels" in records.pop("line.png")["error"]
-    for record in records.values():
-        assert list(record["coefficients"]) == NAMES
-        assert all(0 <= value <= 1 for value in record["coefficients"].values())
-        assert record["error"] is None and set(record["description"]) == set(infer.FIELDS)
-    assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
+    failed = {name: record["error"] for name, record in records.items() if record["error"]}
+    assert set(records) - set(failed) == readable
+    assert failed.keys() == {"line.png", "broken.png", "torn.jpg", "bomb.png"}
+    assert "1 x 300 pixels" in failed["line.png"] and "truncated" in failed["torn.jpg"]
+    assert "DecompressionBombError" in failed["bomb.png"]
+    for name in readable:
+        assert list(records[name]["coefficients"]) == NAMES
+        assert all(0 <= value <= 1 for value in records[name]["coefficients"].values())
+        assert set(records[name]["description"]) == set(infer.FIELDS)
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 1 + len(readable)
+    assert len(list((tmp_path / "charts").iterdir())) == len(readable)
+
+
+def test_pictures_are_turned_upright_and_16_bits_scaled(tmp_path):
+    make_odd_pictures(tmp_path / "odd")
+    pixels = {name: np.asarray(infer.open_image(tmp_path / "odd" / name)).astype(int)
+              for name in ("gray.png", "gray16.png", "UPPER.WEBP", "rotated.jpg")}
+    assert np.abs(pixels["gray16.png"] - pixels["gray.png"]).max() <= 1
+    assert pixels["rotated.jpg"].shape == pixels["UPPER.WEBP"].shape == (160, 240, 3)
+    assert np.abs(pixels["rotated.jpg"] - pixels["UPPER.WEBP"]).mean() < 20
+
+
+def test_chart_shows_strength_and_side():
+    coefficients = {**ZEROS, "mouthSmileLeft": 0.8, "mouthSmileRight": 0.4, "jawOpen": 0.6}
+    record = {"coefficients": coefficients, "std": ZEROS, "description": None}
+    chart = np.asarray(infer.draw_chart(Image.new("RGB", (64, 64)), record))[70:]
+    widths = [(chart == color).all(axis=2).sum(axis=1).max() for color in infer.COLORS.values()]
+    assert widths == pytest.approx([0.8 * 390, 0.4 * 390, 0.6 * 390], abs=4)
+    assert infer.strongest(coefficients, 2) == [("mouthSmile", ["mouthSmileLeft", "mouthSmileRight"]),
+                                                ("jawOpen", ["jawOpen"])]
+
+
+def test_two_processes_write_what_one_writes(trained, demo, tmp_path):
+    flags = [demo / "val.jsonl", "--model", trained, "--limit", 7, "--batch-size", 2]
+    run_main(infer, *flags, "--out", tmp_path / "one.jsonl")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, ROOT / "infer.py", *map(str, flags), "--out", tmp_path / "two.jsonl"], check=True)
+    one, two = (read_jsonl(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
+    assert [record["image"] for record in one] == [record["image"] for record in two]
+    for a, b in zip(one, two):
+        assert a["coefficients"] == pytest.approx(b["coefficients"], abs=2e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "two.jsonl"]
 
 
 def test_interrupted_inference_goes_on(trained, demo, tmp_path, monkeypatch):
     flags = [demo / "val.jsonl", "--model", trained, "--limit", 6, "--batch-size", 2]
     run_main(infer, *flags, "--out", tmp_path / "whole.jsonl")
-    genuine, calls = infer.predict, []
+    genuine, calls = infer.answer, []
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return genuine(*args)
-    monkeypatch.setattr(infer, "predict", interrupted)
+    monkeypatch.setattr(infer, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_main(infer, *flags, "--out", tmp_path / "parts.jsonl")
     assert len(read_jsonl(tmp_path / "parts.jsonl")) == 4
