@@ -5,11 +5,13 @@ Fine-tunes a Qwen-VL model to look at a face and write what the muscles do, then
     {"analysis": {"expression_category": "slight happiness", ...}, "arkit": {"eyeBlinkLeft": 0.1, ...}}
 
 Reads:  annotated records (.jsonl) of annotate.py; the demo is drawn first if it is not there
-Writes: a folder that transformers loads as it stands (config.json, model.safetensors, tokenizer), with
-        run.json (settings, prompt, versions), log.jsonl (losses) and, until it ends, state.pt (for --resume)
+Writes: a folder that transformers loads as it stands (config.json, model.safetensors, tokenizer), or with
+        LoRA a PEFT adapter (adapter_config.json, adapter_model.safetensors); beside it run.json (settings,
+        prompt, versions), log.jsonl (losses) and, until it ends, state.pt (for --resume)
 
     python distill.py                                       # the demo: a tiny Qwen3-VL from scratch
     python distill.py --model Qwen/Qwen3-VL-4B-Instruct --data train.jsonl --out runs/mine
+    torchrun --nproc-per-node 8 distill.py ...              # the same on eight GPUs
 
 Shapes: B images, T tokens, P image patches, D width, V vocabulary, N supervised tokens, C = 52 coefficients.
 """
@@ -25,14 +27,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -72,12 +78,18 @@ NUMERIC_SHARE = 0.8  # of the steps, until which answers without description are
 ALIGNMENT_WEIGHT = 10.0  # of the regression loss beside the language loss
 
 # Flags that are not given take the values for the tiny model or those for a pretrained one.
-TINY = {"steps": 1200, "tower_steps": 1600, "lr": 1e-3, "grounding": True, "max_pixels": 64 * 64}
-PRETRAINED = {"steps": 2000, "tower_steps": 0, "lr": 1e-5, "grounding": False, "max_pixels": 512 * 512}
+TINY = {"steps": 1200, "tower_steps": 1600, "lr": 1e-3, "grounding": True, "max_pixels": 64 * 64,
+        "lora_rank": 0}
+PRETRAINED = {"steps": 2000, "tower_steps": 0, "lr": 1e-4, "grounding": False, "max_pixels": 512 * 512,
+              "lora_rank": 16}
 TOWER_BATCH = 2  # the tower's steps are short: twice the images at a time
 WARMUP_STEPS = 30
 VAL_RECORDS = 128  # for the validation loss, which only watches over the run: evaluate.py measures
+VAL_SHARE = 0.05  # of the records, held out where no validation file is given
 WORKERS = 2  # processes that prepare pictures and tokens
+LOSS_TOKENS = 1024  # logits that exist at a time: with 151,936 entries each, all of them would fill a GPU
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+              "4090": 165e12, "3090": 71e12}  # dense bfloat16 per second, of the makers' data sheets
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -90,18 +102,23 @@ def parse_args(argv=None) -> argparse.Namespace:
         return f"(default: {TINY[name]} for tiny, {PRETRAINED[name]} for a pretrained model)"
 
     add("--data", default="data/demo/train.jsonl", help="annotated records (default %(default)s)")
-    add("--val", help="records for the validation loss (default: val.jsonl beside --data, if there is one)")
+    add("--val", help="records for the validation loss (default: val.jsonl beside --data, else some of its "
+        "identities are held out)")
     add("--model", default="tiny",
         help="tiny, or a Qwen3-VL or Qwen2.5-VL as hub id or folder (default %(default)s)")
     add("--out", default="runs/demo", help="run folder (default %(default)s)")
     add("--supervision", choices=["semantic", "numeric"], default="semantic",
         help="description then numbers, or numbers only (default %(default)s)")
     add("--steps", type=int, help=f"optimizer steps of distillation {by_model('steps')}")
+    add("--epochs", type=float, help="passes over the records, instead of --steps")
     add("--tower-steps", type=int,
         help=f"steps before, in which the vision tower learns to regress {by_model('tower_steps')}")
-    add("--batch-size", type=int, default=8, help="images per forward pass (default %(default)s)")
+    add("--batch-size", type=int, default=8, help="images per forward pass and GPU (default %(default)s)")
     add("--grad-accum", type=int, default=1, help="forward passes per optimizer step (default %(default)s)")
     add("--lr", type=float, help=f"peak learning rate {by_model('lr')}")
+    add("--lora-rank", type=int, help=f"of the trained low-rank updates; 0 trains all {by_model('lora_rank')}")
+    add("--lora-alpha", type=float, default=32.0, help="the updates weigh alpha / rank (default %(default)s)")
+    add("--lora-dropout", type=float, default=0.05, help="on the updates' input (default %(default)s)")
     add("--grounding", action=argparse.BooleanOptionalAction,
         help=f"hide words, phase the description in: teaches to look {by_model('grounding')}")
     add("--max-pixels", type=int, help=f"pixels that an image is scaled to {by_model('max_pixels')}")
@@ -112,7 +129,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--limit", type=int, help="use the first LIMIT records only")
     add("--seed", type=int, default=0, help="of weights, order and hidden words (default %(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the arithmetic, weights stay float32; auto is bfloat16 on a GPU (default %(default)s)")
+        help="of the arithmetic and of frozen weights; auto is bfloat16 on a GPU (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     return parser.parse_args(argv)
 
@@ -148,6 +165,22 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
             raise SystemExit(f"{where}: no complete description; {fix}")
         records.append({**record, "image": str(path.parent / image)})
     return records
+
+
+def hold_out(records: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
+    """Splits records into (training, validation): whole identities where there are five, else the last."""
+    wanted = round(VAL_SHARE * len(records))
+    identities = sorted({str(record.get("identity")) for record in records})
+    if len(identities) < 5:  # frames of one recording are alike: those nearest in time stay together
+        return records[:len(records) - wanted], records[len(records) - wanted:]
+    random.Random(seed).shuffle(identities)
+    held_out, count = set(), Counter(str(record.get("identity")) for record in records)
+    while wanted and sum(count[identity] for identity in held_out) < wanted:
+        held_out.add(identities.pop())
+    parts = [], []
+    for record in records:
+        parts[str(record.get("identity")) in held_out].append(record)
+    return parts
 
 
 def is_coefficient(value) -> bool:
@@ -257,40 +290,52 @@ class FaceDataset(Dataset):
         return batch
 
 
-def batch_indices(count: int, batch_size: int, seed: int, start: int, stop: int):
-    """Yields the records of batches `start` to `stop` - 1, in an order that the seed alone decides."""
-    per_epoch = max(1, count // batch_size)
-    for batch in range(start, stop):
-        epoch, place = divmod(batch, per_epoch)
-        if batch == start or place == 0:
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            order = torch.randperm(count, generator=generator).tolist()
-        yield order[place * batch_size:(place + 1) * batch_size]
+@lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int) -> list[int]:
+    """A permutation of the records that the seed alone decides."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def choose_supervision(args: argparse.Namespace, batch: int, place: int) -> str:
+def step_keys(records: list[dict], args: argparse.Namespace, step: int) -> list[list[tuple[int, str]]]:
+    """This process's batches of one optimizer step, as (record index, supervision); a function of the step.
+
+    The records of a step depend on its total size alone. Sorted by length, they are dealt out so that each
+    batch, and at any time all processes, have answers of similar length.
+    """
+    in_tower = step < args.tower_steps
+    size = args.batch_size * (TOWER_BATCH if in_tower else 1)
+    accumulated = 1 if in_tower else args.grad_accum
+    place, seed = (step, args.seed) if in_tower else (step - args.tower_steps, args.seed + 1)
+    total = size * accumulated * args.world_size
+    epoch, place_in_epoch = divmod(place, max(1, len(records) // total))
+    first = place_in_epoch * total
+    indices = epoch_order(len(records), seed * 100_003 + epoch)[first:first + total]
+    indices = (indices * total)[:total]  # few records fill the step again and again
+    lots = random.Random(f"{args.seed} {step}")
+    keys = [(index, "numeric" if in_tower else choose_supervision(args, place, lots)) for index in indices]
+    if len(keys) > size:
+        keys.sort(key=lambda key: (key[1], sum(map(len, (records[key[0]].get("description") or {}).values()))))
+    batches = [keys[first:first + size] for first in range(0, total, size)]
+    return batches[args.rank::args.world_size]
+
+
+def choose_supervision(args: argparse.Namespace, step: int, lots: random.Random) -> str:
     """With --grounding the description phases in: at first all answers are numbers only, later none is.
 
     A coefficient's name says where to look, a sentence does not: numbers teach the decoder to look sooner.
     """
-    progress = batch / (args.steps * args.grad_accum)
-    lot = random.Random(f"{args.seed} {batch} {place}").random()
-    return "numeric" if args.grounding and lot > progress / NUMERIC_SHARE else args.supervision
+    numeric = args.grounding and lots.random() > step / args.steps / NUMERIC_SHARE
+    return "numeric" if numeric else args.supervision
 
 
 def step_batches(dataset: FaceDataset, args: argparse.Namespace, start: int):
     """Yields the batches of each optimizer step from `start` on, the tower's before the language model's."""
-    first, stop = max(start - args.tower_steps, 0) * args.grad_accum, args.steps * args.grad_accum
-    tower = batch_indices(len(dataset), TOWER_BATCH * args.batch_size, args.seed, start, args.tower_steps)
-    language = batch_indices(len(dataset), args.batch_size, args.seed + 1, first, stop)
-    tower_keys = [[(index, "numeric") for index in batch] for batch in tower]
-    language_keys = [[(index, choose_supervision(args, number, place)) for place, index in enumerate(batch)]
-                     for number, batch in enumerate(language, first)]
-    for keys, count in ((tower_keys, 1), (language_keys, args.grad_accum)):
-        loader = DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate, num_workers=WORKERS)
-        batches = iter(loader)
-        while step := list(itertools.islice(batches, count)):
-            yield step
+    stop = args.tower_steps + args.steps
+    keys = (batch for step in range(start, stop) for batch in step_keys(dataset.records, args, step))
+    loader = DataLoader(dataset, batch_sampler=list(keys), collate_fn=dataset.collate, num_workers=WORKERS)
+    batches = iter(loader)
+    for step in range(start, stop):
+        yield list(itertools.islice(batches, 1 if step < args.tower_steps else args.grad_accum))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -375,12 +420,45 @@ def load_model(args: argparse.Namespace, records: list[dict]) -> tuple:
         # AutoProcessor would need torchvision for its video half; these two do all that is needed.
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(args.model)
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
+        frozen = args.lora_rank and args.dtype == "bfloat16"
+        dtype = torch.bfloat16 if frozen else torch.float32
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         expected = "expected tiny, a folder, or a hub id such as Qwen/Qwen3-VL-4B-Instruct"
         raise SystemExit(f"--model {args.model} cannot be loaded ({reason}); {expected}")
     return model, tokenizer, image_processor
+
+
+class LoraLinear(nn.Module):
+    """y = W x + alpha / r B A dropout(x) (LoRA, arXiv 2106.09685, Eq. 3): W is frozen, B starts at zero."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base, self.scale, self.dropout = base, alpha / rank, dropout
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)  # (B, T, out)
+        low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)  # (B, T, r)
+        return y + self.scale * F.linear(low, self.lora_B).to(y.dtype)
+
+
+def add_lora(model: nn.Module, args: argparse.Namespace) -> None:
+    """Freezes the model and puts a LoraLinear in the place of every linear of its language model."""
+    model.requires_grad_(False)
+    for parent in list(model.model.language_model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, LoraLinear(module, args.lora_rank, args.lora_alpha, args.lora_dropout))
+    # Only what enters a layer is kept for the backward pass. The other, re-entrant form of checkpointing
+    # would find no input that requires a gradient and train nothing.
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.18
+    enable = renamed or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 class RegressionHead(nn.Module):
@@ -421,8 +499,14 @@ def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Ten
     hidden = model.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
     hook.remove()
     supervised = batch["labels"][:, 1:] != IGNORE_INDEX  # (B, T-1): position t predicts token t + 1
-    logits = model.lm_head(hidden[:, :-1][supervised])  # (N, V), at supervised positions only
-    losses = F.cross_entropy(logits.float(), batch["labels"][:, 1:][supervised], reduction="none")
+    hidden, labels = hidden[:, :-1][supervised], batch["labels"][:, 1:][supervised]  # (N, D), (N,)
+
+    def cross_entropy(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model.lm_head(hidden).float(), labels, reduction="none")
+
+    # Logits exist at supervised positions only, a part at a time; the backward pass makes them again.
+    parts = zip(hidden.split(LOSS_TOKENS), labels.split(LOSS_TOKENS))
+    losses = torch.cat([checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts])
     return losses, batch["weights"][:, 1:][supervised], seen[0]
 
 
@@ -470,11 +554,27 @@ def doubt_words(model: nn.Module, batch: dict, pad_id: int, seed: int) -> dict:
             "input_ids": torch.cat([start, torch.where(guessed, guesses, inputs)], dim=1)}
 
 
+def sum_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Adds up tensors over all processes of torchrun, in place and in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
+
+
 def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int, args: argparse.Namespace,
               pad_id: int) -> float:
-    """Forward and backward over one step's batches. Returns squared error, or nats a weighted token."""
+    """Forward and backward over this process's batches of a step.
+
+    Returns its share of the loss: of the squared error, or of the nats a weighted token. Shares and
+    gradients add up over processes, since all divide by the weight and the number of batches of all.
+    """
+    torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + args.rank)  # for dropout, on resuming too
     kind = torch.device(args.device).type
-    total_weight = sum(float(batch["weights"][:, 1:].sum()) for batch in batches)
+    total_weight = sum(batch["weights"][:, 1:].sum() for batch in batches).to(args.device)
+    sum_over_processes([total_weight])
+    count = len(batches) * args.world_size
     total = 0.0
     for number, batch in enumerate(batches):
         batch = {name: tensor.to(args.device, non_blocking=True) for name, tensor in batch.items()}
@@ -482,16 +582,16 @@ def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int,
             if step < args.tower_steps:
                 tower = model.model.visual
                 tokens = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
-                loss = shown = F.mse_loss(head(model, batch, tokens), batch["coefficients"]) / len(batches)
+                loss = shown = F.mse_loss(head(model, batch, tokens), batch["coefficients"]) / count
             else:
                 if args.grounding:
-                    seed = args.seed * 1_000_003 + step * 101 + number
+                    seed = args.seed * 1_000_003 + step * 101 + number * args.world_size + args.rank
                     batch = hide_words(batch, (step - args.tower_steps) / args.steps, pad_id, seed)
                     batch = doubt_words(model, batch, pad_id, seed)
                 losses, weights, tokens = token_losses(model, batch)
                 loss = shown = (losses * weights).sum() / total_weight
                 if args.tower_steps:  # without it, the first large gradients undo the alignment
-                    regression = F.mse_loss(head(model, batch, tokens), batch["coefficients"]) / len(batches)
+                    regression = F.mse_loss(head(model, batch, tokens), batch["coefficients"]) / count
                     loss = loss + ALIGNMENT_WEIGHT * regression
         loss.backward()
         total += shown.item()
@@ -506,10 +606,12 @@ def validate(model: nn.Module, head: nn.Module, loader: DataLoader, args: argpar
     for batch in loader:
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
         losses, weights, tokens = token_losses(model, batch)
-        squared.append((head(model, batch, tokens).clamp(0, 1) - batch["coefficients"]).square())
+        if args.tower_steps:
+            squared.append((head(model, batch, tokens).clamp(0, 1) - batch["coefficients"]).square())
         nats, weight_sum = nats + float((losses * weights).sum()), weight_sum + float(weights.sum())
     model.train()
-    return {"val_loss": nats / weight_sum, "tower_rmse": float(torch.cat(squared).mean().sqrt())}
+    result = {"val_loss": nats / weight_sum}
+    return result | ({"tower_rmse": float(torch.cat(squared).mean().sqrt())} if squared else {})
 
 
 def schedule(step: int, steps: int) -> float:
@@ -517,42 +619,82 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
+def step_flops(model: nn.Module, batches: list[dict], args: argparse.Namespace) -> float:
+    """Floating-point operations that training on `batches` needs, without those that checkpointing repeats.
+
+    Two for each weight and token forward, the same for the gradient of the input, and again for that of the
+    weight where it is trained; 4 T D a token and layer for attention (PaLM, arXiv 2204.02311, App. B).
+    """
+    text = model.config.text_config
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    supervised = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+    patches = sum(len(batch["pixel_values"]) for batch in batches)
+    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    tower = sum(p.numel() for p in model.model.visual.parameters())
+    width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    attention = 4 * width * text.num_hidden_layers * sum(batch["input_ids"].shape[1] ** 2 * len(batch["labels"])
+                                                         for batch in batches) / 2  # causal: half
+    language = 2 * layers * tokens + 2 * text.vocab_size * text.hidden_size * supervised
+    passes = 2 if args.lora_rank else 3
+    return passes * language + 3 * attention + (3 if args.tower_steps else 1) * 2 * tower * patches
+
+
 def train(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDataset,
           val_loader: DataLoader, args: argparse.Namespace, step: int):
-    """Trains from `step` on. Yields the next step when it is time to save (also at the end and on Ctrl-C)."""
+    """Trains from `step` on. Yields (next step, its validation loss or None) when it is time to save.
+
+    That is every --save-every steps, at the end of either phase and on Ctrl-C, with the weights whole.
+    """
     last, losses, interrupts = args.tower_steps + args.steps, [], []
-    # Ctrl-C ends the run between two steps, with the weights whole; the workers inherit the handler.
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the workers inherit it
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    bar = tqdm(total=last, initial=step, unit=" steps", disable=None)
-    with (Path(args.out) / "log.jsonl").open("a", encoding="utf-8") as log:
-        for batches in step_batches(dataset, args, step):
-            in_tower = step < args.tower_steps
-            phase = (step, args.tower_steps) if in_tower else (step - args.tower_steps, args.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * schedule(*phase) * (1.0 if in_tower else group["pace"])
-            losses.append(step_loss(model, head, batches, step, args, dataset.tokenizer.pad_token_id))
-            if not math.isfinite(losses[-1]):
-                raise SystemExit(f"the loss is {losses[-1]} at step {step}; choose a --lr below {args.lr}")
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            pausing = step % args.save_every == 0 or step in (args.tower_steps, last)
-            if step % 100 == 0 or pausing:
-                line = {"step": step, "loss": sum(losses) / len(losses), "lr": args.lr * schedule(*phase)}
-                if pausing and len(val_loader):
-                    line |= validate(model, head, val_loader, args)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                losses = []
+    pad_id = dataset.tokenizer.pad_token_id
+    peak = next((peak for name, peak in PEAK_FLOPS.items()
+                 if args.device.startswith("cuda") and name in torch.cuda.get_device_name()), None)
+    bar = tqdm(total=last, initial=step, unit=" steps", disable=True if args.rank else None)
+    started, samples, tokens, flops = time.time(), 0, 0, 0.0
+    for batches in step_batches(dataset, args, step):
+        in_tower = step < args.tower_steps
+        phase = (step, args.tower_steps) if in_tower else (step - args.tower_steps, args.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(*phase) * (1.0 if in_tower else group["pace"])
+        losses.append(step_loss(model, head, batches, step, args, pad_id))
+        if not math.isfinite(losses[-1]):
+            raise SystemExit(f"the loss is {losses[-1]} at step {step}; choose a --lr below {args.lr}")
+        sum_over_processes([p.grad for p in trained if p.grad is not None])
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        bar.update()
+        samples += sum(len(batch["labels"]) for batch in batches)
+        tokens += sum(int((batch["input_ids"] != pad_id).sum()) for batch in batches)
+        flops += step_flops(model, batches, args)
+        stopping = torch.tensor(float(len(interrupts)), device=args.device)
+        if args.world_size > 1:
+            sum_over_processes([stopping])
+        pausing = step % args.save_every == 0 or step in (args.tower_steps, last)
+        if step % 100 == 0 or pausing:
+            mean = torch.tensor(sum(losses) / len(losses), device=args.device)
+            sum_over_processes([mean])
+            seconds, world = time.time() - started, args.world_size
+            line = {"step": step, "loss": mean.item(), "lr": args.lr * schedule(*phase),
+                    "samples/s": samples * world / seconds}
+            if not in_tower:
+                line["tokens/s"] = tokens * world / seconds
+                line |= {"mfu": flops / seconds / peak} if peak else {}
+            if pausing and len(val_loader) and not args.rank:
+                line |= validate(model, head, val_loader, args)
+            if not args.rank:
+                with (Path(args.out) / "log.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(line) + "\n")
                 shown = " | ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "step")
                 bar.write(f"step {step:6d}/{last} | {shown}", file=sys.stdout)
-            if pausing or interrupts:
-                yield step
-            if interrupts:
-                break
+            losses, started, samples, tokens, flops = [], time.time(), 0, 0, 0.0
+        if pausing or stopping:
+            yield step, line.get("val_loss") if pausing and not in_tower else None
+        if stopping:
+            break
     bar.close()
     signal.signal(signal.SIGINT, previous)
 
@@ -579,12 +721,14 @@ def estimate_seconds(model: nn.Module, head: nn.Module, dataset: FaceDataset, ar
 # Saving and resuming
 # ---------------------------------------------------------------------------------------------------
 
-def save_state(path: Path, settings: dict, step: int, model: nn.Module, head: nn.Module,
-               optimizer: torch.optim.Optimizer) -> None:
-    """Saves all that the next step depends on; order and hidden words are functions of seed and step."""
-    state = {"settings": settings, "step": step, "model": model.state_dict(), "head": head.state_dict(),
-             "optimizer": optimizer.state_dict()}
-    torch.save(state, path.with_suffix(".partial"))
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that are trained, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_whole(value: dict, path: Path) -> None:
+    """Saves under a temporary name and renames, so that a file under `path` is always whole."""
+    torch.save(value, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)
 
 
@@ -604,31 +748,64 @@ def load_state(path: Path, settings: dict) -> dict:
     return state
 
 
+def cut_log(path: Path, step: int) -> None:
+    """Drops the log's lines that a killed run wrote after its last save, at `step`."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
 def save_checkpoint(folder: Path, model: nn.Module, tokenizer, image_processor, run: dict) -> None:
-    """Writes the folder that transformers and infer.py load; run.json comes last and marks it as complete."""
+    """Writes what infer.py loads, the model or its adapter; run.json comes last and marks it as complete."""
     partial = folder / "checkpoint.partial"
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    image_processor.save_pretrained(partial)
+    if run["lora_rank"]:
+        partial.mkdir(exist_ok=True)
+        save_adapter(partial, model, run)
+    else:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        image_processor.save_pretrained(partial)
     (partial / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "run.json"):
         os.replace(file, folder / file.name)
     partial.rmdir()
 
 
+def save_adapter(folder: Path, model: nn.Module, run: dict) -> None:
+    """Writes the low-rank updates as peft does, so that peft, ms-swift and vLLM load them too."""
+    weights = {f"base_model.model.{name}.weight": weight.float().cpu().contiguous()
+               for name, weight in trained_weights(model).items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = sorted({name.split(".")[-3] for name in weights})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run["model"],
+              "r": run["lora_rank"], "lora_alpha": run["lora_alpha"], "lora_dropout": run["lora_dropout"],
+              "bias": "none", "target_modules": rf".*language_model.*\.({'|'.join(targets)})",
+              "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Fills in the flags that depend on the model. SystemExit on unusable values and on an occupied --out."""
+    if args.lr is None and args.lora_rank == 0 and args.model != "tiny":
+        args.lr = 1e-5  # all weights of a pretrained model move in small steps
     for name, value in (TINY if args.model == "tiny" else PRETRAINED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.rank, args.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    for name in ("steps", "batch_size", "grad_accum", "save_every", "max_pixels", "limit"):
+    for name in ("steps", "batch_size", "grad_accum", "save_every", "max_pixels", "limit", "epochs"):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a whole number of at least 1")
-    if args.tower_steps < 0 or not args.lr > 0:
-        raise SystemExit(f"--tower-steps {args.tower_steps}, --lr {args.lr}: expected 0 or more, and above 0")
+        if value is not None and (value < 1 if name != "epochs" else not value > 0):
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a number of at least 1")
+    if min(args.tower_steps, args.lora_rank) < 0 or not args.lr > 0 or not 0 <= args.lora_dropout < 1:
+        raise SystemExit(f"--tower-steps {args.tower_steps}, --lora-rank {args.lora_rank}, --lr {args.lr}, "
+                         f"--lora-dropout {args.lora_dropout}: expected 0 or more, 0 or more, above 0, 0 to 1")
+    if args.lora_rank and (args.model == "tiny" or args.tower_steps):
+        raise SystemExit(f"--lora-rank {args.lora_rank} adapts a pretrained model; expected 0 with --model "
+                         "tiny and with --tower-steps")
     out = Path(args.out)
     files = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if "run.json" in files:
@@ -636,7 +813,7 @@ def check_args(args: argparse.Namespace) -> None:
                          "delete it, or choose another folder")
     if "state.pt" in files and not args.resume:
         raise SystemExit(f"--out {out} holds an unfinished run; add --resume, delete it, or choose another")
-    if files - {"state.pt", "state.partial", "log.jsonl", "checkpoint.partial"}:
+    if "state.pt" not in files and files - {"state.partial", "log.jsonl"}:
         given = ", ".join(sorted(files)[:3])
         raise SystemExit(f"--out {out} holds other files ({given}); choose a new or empty folder")
 
@@ -650,19 +827,42 @@ def draw_demo(data: Path) -> None:
             raise SystemExit("annotate.py did not finish; run: python annotate.py")
 
 
+def prepare_data(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Reads the records for training and validation and turns --epochs into --steps."""
+    data = Path(args.data)
+    if args.rank == 0:
+        draw_demo(data)
+    val = Path(args.val) if args.val else data.with_name("val.jsonl")
+    records = read_records(data, args.supervision, args.limit)
+    if args.val or val.is_file() and val != data:
+        val_records = read_records(val, args.supervision, VAL_RECORDS)
+    else:
+        records, val_records = hold_out(records, args.seed)
+    if args.epochs:
+        args.steps = math.ceil(args.epochs * len(records) / args.batch_size / args.grad_accum / args.world_size)
+    return records, val_records[:VAL_RECORDS]
+
+
+def make_optimizer(model: nn.Module, head: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW over what is trained; during distillation the tower moves at half the pace."""
+    tower = [p for p in model.model.visual.parameters() if p.requires_grad]
+    language = [p for name, p in model.named_parameters() if ".visual." not in name and p.requires_grad]
+    groups = [{"params": language + list(head.parameters()), "pace": 1.0}, {"params": tower, "pace": 0.5}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+
+
 def main(args: argparse.Namespace) -> None:
     """Runs the stage."""
     check_args(args)
+    if args.world_size > 1:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     torch.manual_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()
-    data, out = Path(args.data), Path(args.out)
-    free = ("resume", "device", "save_every", "out")  # may differ when a run is resumed
+    out = Path(args.out)
+    records, val_records = prepare_data(args)
+    free = ("resume", "device", "save_every", "out", "rank")  # may differ when a run is resumed
     settings = {name: value for name, value in vars(args).items() if name not in free}
     state = load_state(out / "state.pt", settings) if args.resume else None
-    draw_demo(data)
-    val = Path(args.val) if args.val else data.with_name("val.jsonl")
-    records = read_records(data, args.supervision, args.limit)
-    val_records = read_records(val, args.supervision, VAL_RECORDS) if args.val or val.is_file() else []
 
     model, tokenizer, image_processor = load_model(args, records)
     dataset = FaceDataset(records, tokenizer, image_processor, args)
@@ -671,50 +871,68 @@ def main(args: argparse.Namespace) -> None:
     val_batches = [val_keys[first:first + size] for first in range(0, len(val_keys), size)]
     val_set = FaceDataset(val_records, tokenizer, image_processor, args)
     val_loader = DataLoader(val_set, batch_sampler=val_batches, collate_fn=dataset.collate)
-    if args.model == "tiny" and args.tower_steps:
+    if args.model == "tiny" and args.tower_steps and not state:
         sample = [dataset[index, "numeric"]["pixel_values"] for index in range(min(400, len(dataset)))]
         whiten_patches(model, torch.cat(sample))
     head = RegressionHead([ids[-1] for ids, slot in dataset.skeletons["numeric"] if slot])
-    model.to(args.device).train()
-    head.to(args.device)
     if not args.tower_steps:
         model.model.visual.requires_grad_(False)  # Sec. 3.2: a pretrained vision encoder stays frozen
-    tower = [p for p in model.model.visual.parameters() if p.requires_grad]
-    language = [p for name, p in model.named_parameters() if ".visual." not in name] + list(head.parameters())
-    # During distillation the tower, which is already trained, moves at half the pace.
-    groups = [{"params": language, "pace": 1.0}, {"params": tower, "pace": 0.5}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    step, last = 0, args.tower_steps + args.steps
+    if args.lora_rank:
+        add_lora(model, args)
+    model.to(args.device).train()
+    head.to(args.device)
+    optimizer = make_optimizer(model, head, args)
+    step, last, best = 0, args.tower_steps + args.steps, math.inf
     if state:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=False)
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step, best = state["step"], state["best"]
 
     out.mkdir(parents=True, exist_ok=True)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.device}, {args.dtype}")
-    print(f"{args.model}: {total:,} parameters, {trained:,} trained")
-    print(f"{len(records)} records, {len(val_records)} for validation, {args.supervision} answers")
-    print(f"{args.tower_steps} steps of the tower, then {args.steps} of distillation, from step {step} on")
+    if args.rank == 0:
+        cut_log(out / "log.jsonl", step)
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.device}, {args.dtype}")
+        print(f"{args.model}: {total:,} parameters, {trained:,} trained, {args.world_size} processes")
+        print(f"{len(records)} records, {len(val_records)} for validation, {args.supervision} answers")
+        print(f"{args.tower_steps} steps of the tower, then {args.steps} of distillation, from step {step} on")
     seconds = estimate_seconds(model, head, dataset, args, step)
-    print(f"estimated time on this machine: {seconds / 60:.1f} minutes", flush=True)
+    if args.rank == 0:
+        print(f"estimated time on this machine: {seconds / 60:.1f} minutes", flush=True)
 
     started = time.time()
-    for step in train(model, head, optimizer, dataset, val_loader, args, step):
-        save_state(out / "state.pt", settings, step, model, head, optimizer)
+    for step, val_loss in train(model, head, optimizer, dataset, val_loader, args, step):
+        if args.rank == 0:
+            if val_loss is not None and val_loss <= best:
+                best = val_loss
+                save_whole(trained_weights(model), out / "best.pt")
+            save_whole({"settings": settings, "step": step, "best": best, "model": trained_weights(model),
+                        "head": head.state_dict(), "optimizer": optimizer.state_dict()}, out / "state.pt")
     if step < last:
         raise SystemExit(f"interrupted after step {step}; nothing is lost, repeat the command with --resume")
+    if args.rank:
+        return
+    if (out / "best.pt").is_file():
+        model.load_state_dict(torch.load(out / "best.pt", map_location="cpu", weights_only=True), strict=False)
+        print(f"kept the weights of the lowest validation loss, {best:.4f}")
     run = {**settings, "prompt": PROMPT, "torch": torch.__version__, "transformers": transformers.__version__}
     save_checkpoint(out, model.eval(), tokenizer, image_processor, run)
-    (out / "state.pt").unlink()
+    for name in ("state.pt", "best.pt"):
+        (out / name).unlink(missing_ok=True)
+    if args.device.startswith("cuda"):
+        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     print(f"wrote {out} after {(time.time() - started) / 60:.1f} minutes")
     print("next: python infer.py" + ("" if args.out == "runs/demo" else f" PICTURES --model {out}"))
 
 
 if __name__ == "__main__":
+    arguments = parse_args()
     try:
-        main(parse_args())
+        main(arguments)
+    except torch.OutOfMemoryError:
+        sys.exit(f"out of GPU memory; lower --batch-size {arguments.batch_size} (and raise --grad-accum), or "
+                 f"lower --max-pixels {arguments.max_pixels}; the last save is kept, --resume needs equal flags")
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step; nothing is lost, run the same command again")

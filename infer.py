@@ -7,7 +7,7 @@ coefficient, a distribution over the eleven values 0.0, 0.1, ... 1.0, whose mean
 arXiv 2403.04182) and whose standard deviation is reported.
 
 Reads:  pictures, folders of pictures, .jsonl records with an "image"; a checkpoint folder of distill.py,
-        or, with --decode generate --prompt FILE, a Qwen-VL trained elsewhere
+        or, with --prompt FILE, a Qwen-VL or PEFT adapter trained elsewhere (see also --decode generate)
 Writes: prediction records, one JSON object a line, image paths relative to the file; an unreadable picture
         becomes an error record; with --csv a Live Link Face take, with --plot a chart of each picture
     {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05, ...},
@@ -32,6 +32,7 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -84,8 +85,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
     add("--decode", choices=["forced", "generate"], default="forced",
         help="feed the skeleton, or let the model write it all and read what it wrote (default %(default)s)")
-    add("--prompt", help="text file with the prompt of a checkpoint trained elsewhere, for --decode generate; "
-        "what stands before a line --- is its system prompt")
+    add("--prompt", help="text file with the prompt of a checkpoint trained elsewhere; what stands before a "
+        "line --- is its system prompt")
     add("--estimate", choices=["mean", "median", "mode"], default="mean",
         help="of each distribution; mode is what greedy decoding writes (default %(default)s)")
     add("--numeric", action=argparse.BooleanOptionalAction, default=False, help="numbers, no description")
@@ -175,28 +176,35 @@ def open_ahead(images: list, batch_size: int):
 # ---------------------------------------------------------------------------------------------------
 
 def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: str | None = None):
-    """Loads a checkpoint folder of distill.py for `predict`. SystemExit if it holds no finished one.
+    """Loads a checkpoint or adapter folder of distill.py for `predict`. SystemExit if it is not finished.
 
-    With `prompt_file`, any Qwen-VL as folder or hub id, for the decoding "generate".
+    With `prompt_file`, any Qwen-VL (folder or hub id) and any PEFT adapter for one (folder).
     """
     folder, run = Path(model_dir), {"prompt": "", "supervision": "semantic", "max_pixels": None}
-    finished = (folder / "config.json").is_file() and (folder / "run.json").is_file()
+    adapter_file = folder / "adapter_config.json"
+    weights_file = adapter_file if adapter_file.is_file() else folder / "config.json"
+    finished = weights_file.is_file() and (folder / "run.json").is_file()
     if not finished and not prompt_file:
-        fix = "make one with: python distill.py; one trained elsewhere needs --decode generate --prompt FILE"
+        fix = "make one with: python distill.py; one trained elsewhere needs --prompt FILE"
         if (folder / "state.pt").is_file():
             fix = f"finish the run with: python distill.py --out {folder} --resume"
         raise SystemExit(f"--model {folder} holds no finished checkpoint (config.json and run.json); {fix}")
     try:
         if finished:
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        adapter = json.loads(adapter_file.read_text(encoding="utf-8")) if adapter_file.is_file() else None
+        base = adapter["base_model_name_or_path"] if adapter else model_dir
         auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         weights_dtype = auto if dtype == "auto" else getattr(torch, dtype)
-        network = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=weights_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
+        network = AutoModelForImageTextToText.from_pretrained(base, dtype=weights_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(base)
+        updates = load_file(folder / "adapter_model.safetensors") if adapter else {}
     except Exception as error:  # a damaged file surfaces as one of a dozen types, all with the same cure
         why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise SystemExit(f"--model {model_dir} cannot be read ({why}); copy it again or repeat distill.py")
+    if adapter:
+        merge_adapter(network, adapter, updates)
     system, prompt = read_prompt(Path(prompt_file)) if prompt_file else ("", run["prompt"])
     # A checkpoint of distill.py gets pictures scaled as in its training, any other within its own bounds.
     pixels = run["max_pixels"]
@@ -204,6 +212,32 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
     return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, system=system,
                            prompt=prompt, image_processor=image_processor, size=size,
                            supervision=run["supervision"], device=torch.device(device))
+
+
+@torch.no_grad()
+def merge_adapter(network, config: dict, updates: dict) -> None:
+    """Adds alpha / r B A of a PEFT adapter to the weights (LoRA, arXiv 2106.09685, Eq. 3), in float32.
+
+    Every tensor must find its weight: an adapter that matches nothing would silently do nothing. Raises
+    SystemExit, naming the first that does not (DoRA's magnitudes and trained biases among them).
+    """
+    weights = dict(network.named_parameters())
+    pairs = {key.replace(".lora_A.", ".lora_B."): key for key in updates if ".lora_A." in key}
+    for key in {*updates, *pairs}:
+        name = key.removeprefix("base_model.model.").split(".lora_")[0] + ".weight"
+        is_matrix = key in pairs or key in pairs.values()
+        if not is_matrix or key not in updates or name not in weights:
+            raise SystemExit(f"the adapter's {key} matches no weight of {config['base_model_name_or_path']}; "
+                             "expected pairs of LoRA matrices for the model that the adapter was trained on")
+    for key_b, key_a in pairs.items():
+        name = key_b.removeprefix("base_model.model.").split(".lora_")[0]
+        low, high = updates[key_a].float(), updates[key_b].float()  # (r, in), (out, r)
+        patterns = config.get("alpha_pattern") or {}
+        alpha = next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?{pattern}", name)),
+                     config["lora_alpha"])
+        scale = alpha / (math.sqrt(len(low)) if config.get("use_rslora") else len(low))
+        weight = weights[f"{name}.weight"]
+        weight.copy_((weight.float() + scale * high @ low).to(weight.dtype))
 
 
 def read_prompt(path: Path) -> tuple[str, str]:
@@ -648,8 +682,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.fps < 1 or (args.limit is not None and args.limit < 1):
         given = f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}"
         raise SystemExit(f"{given}: expected whole numbers of at least 1")
-    if args.prompt and args.decode == "forced":
-        raise SystemExit(f"--prompt {args.prompt} is for checkpoints trained elsewhere; add --decode generate")
     if args.decode == "generate" and (args.numeric or args.estimate != "mean"):
         raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
     if Path(args.out).absolute() in [Path(name).absolute() for name in args.inputs]:

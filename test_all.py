@@ -3,11 +3,13 @@ import ast
 import inspect
 import json
 import os
+import random
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -56,19 +59,10 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(demo, tmp_path_factory) -> Path:
-    """The tiny model, overfitted to four faces."""
+    """The tiny model, overfitted to eight faces."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    run_main(distill, "--data", demo / "train.jsonl", "--limit", 4, "--batch-size", 4, "--steps", 250,
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 8, "--batch-size", 4, "--steps", 300,
              "--tower-steps", 50, "--no-grounding", "--out", folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def fluent(demo, tmp_path_factory) -> Path:
-    """The tiny model, trained on 16 faces until it writes whole answers."""
-    folder = tmp_path_factory.mktemp("fluent") / "out"
-    run_main(distill, "--data", demo / "train.jsonl", "--limit", 16, "--steps", 250, "--tower-steps", 20,
-             "--no-grounding", "--out", folder)
     return folder
 
 
@@ -267,8 +261,9 @@ def test_guesses_replace_a_share_of_the_words_and_their_loss(demo):
 def test_descriptions_phase_in():
     args = distill.parse_args(["--steps", "100", "--out", "unused"])
     distill.check_args(args)
-    shares = [np.mean([distill.choose_supervision(args, batch, item) == "semantic" for item in range(400)])
-              for batch in (0, 40, 80, 99)]
+    lots = random.Random(0)
+    shares = [np.mean([distill.choose_supervision(args, step, lots) == "semantic" for _ in range(400)])
+              for step in (0, 40, 80, 99)]
     assert shares == pytest.approx([0.0, 0.5, 1.0, 1.0], abs=0.08)
 
 
@@ -286,10 +281,19 @@ def test_loss_equals_the_library_s(demo):
 
 
 def test_batches_cover_every_record_and_can_be_recomputed():
-    all_batches = list(distill.batch_indices(10, 2, seed=3, start=0, stop=10))
-    assert sorted(sum(all_batches[:5], [])) == sorted(sum(all_batches[5:], [])) == list(range(10))
-    assert all_batches[:5] != all_batches[5:]
-    assert list(distill.batch_indices(10, 2, seed=3, start=7, stop=10)) == all_batches[7:]
+    args = distill.parse_args(["--batch-size", "2", "--tower-steps", "0", "--no-grounding", "--out", "unused"])
+    distill.check_args(args)
+    records = [{"description": {"symmetry": "x" * k}} for k in range(10)]
+    batches = [distill.step_keys(records, args, step) for step in range(10)]
+    order = [index for step in batches for batch in step for index, _ in batch]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
+    # One process with batches of two, or two with two accumulated batches of one: the same records a step.
+    args.batch_size, args.grad_accum, args.world_size = 1, 1, 2
+    for step in range(10):
+        shared = []
+        for args.rank in (0, 1):
+            shared += distill.step_keys(records, args, step)
+        assert sorted(sum(shared, [])) == sorted(batches[step][0])
 
 
 def test_tokenizer_loses_nothing():
@@ -298,16 +302,17 @@ def test_tokenizer_loses_nothing():
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_tiny_model_learns_four_faces(trained, demo):
+def test_tiny_model_learns_faces_by_heart(trained, demo):
     log = read_jsonl(trained / "log.jsonl")
     chance = np.log(11)
-    assert log[-1]["loss"] < 0.15 * chance
+    assert log[-1]["loss"] < 0.15 * chance and log[-1]["samples/s"] > 0
     predictor = infer.load(trained)
-    records = read_jsonl(demo / "train.jsonl")[:4]
+    records = read_jsonl(demo / "train.jsonl")[:8]
     predictions = infer.predict(predictor, [demo / record["image"] for record in records], kind="mode")
     predicted, true = evaluate.as_array(predictions), evaluate.as_array(records)
     assert np.abs(predicted - true).mean() < 0.04 < np.abs(true).mean()
-    assert [p["description"] for p in predictions] == [r["description"] for r in records]
+    same = [p["description"] == r["description"] for p, r in zip(predictions, records)]
+    assert np.mean(same) > 0.7
 
 
 def test_resume_equals_uninterrupted(demo, tmp_path, monkeypatch):
@@ -332,6 +337,26 @@ def test_resume_equals_uninterrupted(demo, tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / "state.pt").exists()
 
 
+def test_killed_run_resumes_to_the_same_weights(demo, tmp_path):
+    flags = ["--data", demo / "train.jsonl", "--limit", 12, "--steps", 6, "--tower-steps", 1, "--batch-size", 2,
+             "--save-every", 3]
+    run_main(distill, *flags, "--out", tmp_path / "whole")
+    command = [sys.executable, ROOT / "distill.py", *map(str, flags), "--out", tmp_path / "killed"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    log = tmp_path / "killed" / "log.jsonl"
+    while process.poll() is None and not (log.is_file() and '"step": 3' in log.read_text()):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "killed" / "state.pt").is_file() and not (tmp_path / "killed" / "run.json").exists()
+    run_main(distill, *flags, "--out", tmp_path / "killed", "--resume")
+    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+    steps = [line["step"] for line in read_jsonl(log)]
+    assert steps == sorted(set(steps))
+
+
 # ---------------------------------------------------------------------------------------------------
 # infer.py
 # ---------------------------------------------------------------------------------------------------
@@ -348,11 +373,12 @@ def is_well_formed(written: str) -> bool:
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_forced_decoding_writes_what_generate_writes(fluent, demo, batch_size, monkeypatch):
-    monkeypatch.setattr(infer, "MAX_NEW_TOKENS", 300)
-    predictor = infer.load(fluent)
-    records = read_jsonl(demo / "train.jsonl")[:32]  # half of them never seen
-    images = [infer.open_image(demo / record["image"]) for record in records]
+def test_forced_decoding_writes_what_generate_writes(trained, demo, batch_size, monkeypatch):
+    monkeypatch.setattr(infer, "MAX_NEW_TOKENS", 250)
+    predictor = infer.load(trained)
+    seen = [infer.open_image(demo / record["image"]) for record in read_jsonl(demo / "train.jsonl")[:8]]
+    # The same pictures darker and darker, whose answers are doubtful but mostly whole.
+    images = [image.point(lambda value: value * share) for share in (1.0, 0.9, 0.8, 0.7) for image in seen]
     well_formed, lengths = 0, set()
     for start in range(0, 32, batch_size):
         inputs = infer.prepare(predictor, images[start:start + batch_size])
@@ -432,14 +458,21 @@ def make_qwen(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
-def test_real_architectures_from_a_folder(kind, demo, tmp_path):
+@pytest.mark.parametrize("kind, rank", [("qwen3_vl", 4), ("qwen2_5_vl", 4), ("qwen3_vl", 0)])
+def test_real_architectures_from_a_folder(kind, rank, demo, tmp_path):
     folder = make_qwen(tmp_path / "hub", kind)
     run_main(distill, "--model", folder, "--data", demo / "train.jsonl", "--limit", 4, "--steps", 2,
-             "--batch-size", 2, "--max-pixels", 4096, "--out", tmp_path / "run")
-    before, after = ((path / "model.safetensors").read_bytes() for path in (folder, tmp_path / "run"))
-    assert before != after and len(before) > 1000
+             "--batch-size", 2, "--max-pixels", 4096, "--lora-rank", rank, "--out", tmp_path / "run")
+    name = "adapter_model.safetensors" if rank else "model.safetensors"
+    assert {"run.json", "log.jsonl", name} < {path.name for path in (tmp_path / "run").iterdir()}
     predictor = infer.load(tmp_path / "run")
+    before = infer.load(folder, prompt_file=ROOT / "README.md").network.state_dict()
+    changed = {key for key, weight in predictor.network.state_dict().items()
+               if not torch.equal(weight, before[key])}
+    layers = {key for key in changed if "language_model.layers" in key}
+    assert layers and not any("visual" in key for key in changed)
+    if rank:  # all seven linears of both layers, nothing else
+        assert len(layers) == len(changed) == 14 and all("norm" not in key for key in layers)
     sizes = [(64, 64), (300, 80), (50, 200)]
     noise = [np.random.default_rng(0).integers(0, 255, (h, w, 3), dtype=np.uint8) for w, h in sizes]
     pictures = [Image.fromarray(pixels) for pixels in noise]
@@ -451,14 +484,103 @@ def test_real_architectures_from_a_folder(kind, demo, tmp_path):
         assert all(0 <= value <= 1 for value in prediction["coefficients"].values())
 
 
+def test_split_digits_are_decided_as_one_by_one(tmp_path):
+    predictor = infer.load(make_qwen(tmp_path / "hub", "qwen3_vl"), prompt_file=ROOT / "README.md")
+    predictor.prompt = "Read."
+    with torch.no_grad():  # untrained models are nearly indifferent: sharpen attention and choices
+        for layer in predictor.network.model.language_model.layers:
+            layer.self_attn.v_proj.weight.mul_(20)
+            layer.mlp.down_proj.weight.mul_(20)
+        predictor.network.lm_head.weight.mul_(10)
+    noise = np.random.default_rng(1).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
+    inputs = infer.prepare(predictor, [Image.fromarray(pixels) for pixels in noise])
+    probabilities, chosen, _ = infer.decode_forced(predictor, inputs, "numeric")
+    assert probabilities.sum(dim=-1).numpy() == pytest.approx(1.0, abs=1e-5) and len(chosen.unique()) >= 4
+    encode, pieces = predictor.tokenizer.encode, infer.answer_skeleton("numeric")
+    digits = [encode(str(k))[0] for k in range(10)]
+    for row in range(4):
+        one = {name: tensor.chunk(4)[row] for name, tensor in inputs.items()}
+        written = []
+        for k, (text, _) in zip(chosen[row].tolist(), pieces):
+            written += encode(text)
+            value = []
+            for options in (digits[:2], encode("."), digits):
+                new = torch.tensor([written + value])
+                ids = torch.cat([one["input_ids"], new], dim=1)
+                types = torch.cat([one["mm_token_type_ids"], torch.zeros_like(new)], dim=1)
+                more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
+                with torch.no_grad():
+                    logits = predictor.network(**{**one, **more}).logits[0, -1, options]
+                after_one = len(options) == 10 and value[0] == digits[1]  # "1." allows only "0"
+                value.append(options[0 if after_one else int(logits.argmax())])
+            assert predictor.tokenizer.decode(value) == infer.VALUES[k]
+            written += value
+
+
+def test_adapter_equals_the_trained_model_and_refuses_strangers(demo, tmp_path):
+    folder = make_qwen(tmp_path / "hub", "qwen3_vl")
+    args = distill.parse_args(["--model", str(folder), "--lora-rank", "3", "--out", str(tmp_path / "run")])
+    distill.check_args(args)
+    model, tokenizer, image_processor = distill.load_model(args, [])
+    distill.add_lora(model, args)
+    assert all("lora_" in name for name in distill.trained_weights(model))
+    for name, weight in distill.trained_weights(model).items():
+        weight.copy_(torch.randn(weight.shape))
+    run = {**vars(args), "prompt": distill.PROMPT}
+    (tmp_path / "run").mkdir()
+    distill.save_checkpoint(tmp_path / "run", model.eval(), tokenizer, image_processor, run)
+    predictor = infer.load(tmp_path / "run")
+    inputs = infer.prepare(predictor, [Image.new("RGB", (64, 64), "red")])
+    with torch.no_grad():
+        ours, merged = model(**inputs).logits, predictor.network(**inputs).logits
+    assert ours.std() > 0.01 and (ours - merged).abs().max() < 1e-4 * ours.abs().max()
+
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    stem = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    assert weights[f"{stem}.lora_A.weight"].shape == (3, 32) and len(weights) == 2 * 14
+    assert all(re.fullmatch(config["target_modules"], key.split(".", 2)[2].rsplit(".lora_", 1)[0]) for key in weights)
+    fresh = infer.load(folder, prompt_file=ROOT / "README.md").network
+    expected = fresh.model.language_model.layers[0].self_attn.q_proj.weight.detach().clone()
+    expected += 32 / 3 ** 0.5 * weights[f"{stem}.lora_B.weight"] @ weights[f"{stem}.lora_A.weight"]
+    infer.merge_adapter(fresh, {**config, "use_rslora": True}, weights)
+    assert torch.allclose(fresh.model.language_model.layers[0].self_attn.q_proj.weight, expected, atol=1e-4)
+    for strange in ("base_model.model.elsewhere.lora_A.weight", f"{stem}.lora_magnitude_vector"):
+        with pytest.raises(SystemExit, match="matches no weight"):
+            infer.merge_adapter(fresh, config, {**weights, strange: torch.zeros(3, 32)})
+
+
+def test_two_processes_train_as_one(demo, tmp_path):
+    folder = make_qwen(tmp_path / "hub", "qwen3_vl")
+    flags = ["--model", folder, "--data", demo / "train.jsonl", "--limit", 6, "--steps", 3, "--lora-dropout", 0,
+             "--max-pixels", 4096, "--lr", 0.01, "--save-every", 1]
+    run_main(distill, *flags, "--batch-size", 2, "--out", tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [*map(str, flags), "--batch-size", "1", "--out", str(tmp_path / "two")]
+    subprocess.run([*torchrun, ROOT / "distill.py", *flags], check=True, capture_output=True)
+    one, two = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3]
+    for name in ("loss", "val_loss"):
+        assert [line[name] for line in one] == pytest.approx([line[name] for line in two], abs=1e-4)
+    assert one[0]["loss"] - one[2]["loss"] > 0.01
+
+
+def test_held_out_records_share_no_identity():
+    records = [{"identity": f"id{k // 10}"} for k in range(200)]
+    train, val = distill.hold_out(records, seed=0)
+    people = [{record["identity"] for record in part} for part in (train, val)]
+    assert len(val) == 10 and not people[0] & people[1] and len(train) + len(val) == 200
+    one_take = [{"identity": "take", "frame": k} for k in range(100)]
+    assert distill.hold_out(one_take, seed=0)[1] == one_take[95:]
+    assert distill.hold_out(records[:9], seed=0) == (records[:9], [])
+
+
 def test_checkpoint_trained_elsewhere(demo, tmp_path):
     folder = make_qwen(tmp_path / "hub", "qwen3_vl")
     (tmp_path / "prompt.txt").write_text("You read faces.\n---\nGive the coefficients.\n")
     flags = [demo / "val.jsonl", "--model", folder, "--limit", 2, "--out", tmp_path / "p.jsonl"]
     with pytest.raises(SystemExit, match="--prompt FILE"):
         run_main(infer, *flags)
-    with pytest.raises(SystemExit, match="add --decode generate"):
-        run_main(infer, *flags, "--prompt", tmp_path / "prompt.txt")
     run_main(infer, *flags, "--prompt", tmp_path / "prompt.txt", "--decode", "generate")
     records = read_jsonl(tmp_path / "p.jsonl")  # it babbles, which is reported and kept
     assert all("the answer" in record["error"] and record["answer"] for record in records)
