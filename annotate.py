@@ -2,10 +2,11 @@
 """Stage I of SemanticFace, semantic supervision (arXiv 2603.14827, Sec. 3.1): coefficients -> words.
 
 Turns the 52 ARKit blendshape coefficients of a face into a description with four fields, by rules that
-anyone can check, and draws the demo: cartoon faces whose coefficients are known, with nothing to download.
-Left and right are the subject's: the left eye is on the right of the picture.
+anyone can check or by a frozen language model, and draws the demo: cartoon faces whose coefficients are
+known, with nothing to download. Left and right are the subject's: the left eye is on the picture's right.
 
-Reads:  label records (.jsonl), Live Link Face takes (.csv), predictions (.jsonl), nothing for the demo
+Reads:  label or prediction records (.jsonl), Live Link Face takes (.csv), MediaPipe blendshapes (.json),
+        told apart by their content; names as eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L; nothing for the demo
 Writes: annotated records, one JSON object a line, image paths relative to the file
     {"image": "images/000001.png", "identity": "id017", "coefficients": {"eyeBlinkLeft": 0.123, ...},
      "description": {"expression_category": "slight happiness", "muscle_movements": "Mouth: both ...",
@@ -14,10 +15,12 @@ Writes: annotated records, one JSON object a line, image paths relative to the f
 
     python annotate.py                                               # the demo, data/demo
     python annotate.py take.csv --frames frames/ --out train.jsonl   # your own recording
+    python annotate.py labels.jsonl --llm Qwen/Qwen3-4B-Instruct-2507 --out train.jsonl   # as the paper does
 """
 import argparse
 import csv
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -41,6 +44,15 @@ ARKIT_NAMES = [
     "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
     "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
+
+FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
+FORMS = ("label records (.jsonl), a Live Link Face take (.csv with its header), or MediaPipe blendshapes (.json), "
+         "with the ARKit names")
+LLM_PROMPT = """You are an expert in facial anatomy. ARKit blendshape coefficients (0 to 1) of a face: {}.
+Left and right are the subject's. Describe the face in one JSON object with four strings and nothing else:
+{{"expression_category": "...", "muscle_movements": "by region, with side and intensity", \
+"emotional_implication": "... or not clearly observable", "symmetry": "..."}}"""
+LLM_TRIES, LLM_TOKENS = 3, 400  # attempts for a valid answer, and tokens of one
 
 # A movement is named from ACTIVE on, with the adverb of the first band whose upper end lies above it.
 ACTIVE = 0.15
@@ -103,11 +115,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="records (.jsonl) or takes (.csv); without any, the demo")
+    add("inputs", nargs="*", metavar="INPUT", help="records, takes or blendshapes; without any, the demo")
     add("--demo", type=int, default=16_000, help="faces of the demo (default %(default)s)")
-    add("--frames", help="folder of the take's pictures, one for each CSV row in sorted order")
+    add("--frames", help="folder of the take's pictures, one for each row in sorted order")
+    add("--every", type=int, default=1, help="keep every Nth record of each input (default %(default)s)")
     add("--out", help="file, or folder for --render and the demo (default beside INPUT, data/demo)")
     add("--render", action=argparse.BooleanOptionalAction, default=False, help="draw every record's face")
+    add("--llm", help="let this chat model (hub id or folder) write the descriptions instead of the rules")
+    add("--batch-size", type=int, default=16, help="records that --llm describes together (default %(default)s)")
+    add("--device", default="auto", help="for --llm: cpu, cuda, or auto (default %(default)s)")
     add("--limit", type=int, help="use the first LIMIT records only")
     add("--seed", type=int, default=0, help="of the demo; another draws other people (default %(default)s)")
     return parser.parse_args(argv)
@@ -117,86 +133,174 @@ def parse_args(argv=None) -> argparse.Namespace:
 # Records: reading and writing
 # ---------------------------------------------------------------------------------------------------
 
-def check_coefficients(coefficients: dict, where: str, counts: Counter) -> dict:
+def canonical(name) -> str:
+    """The ARKit name for a spelling: EyeBlinkLeft (Live Link), eyeBlink_L (ARFaceAnchor dumps), eyeBlinkLeft."""
+    name = str(name).strip()
+    name = name[:1].lower() + name[1:]
+    return {"_L": name[:-2] + "Left", "_R": name[:-2] + "Right"}.get(name[-2:], name)
+
+
+def check_coefficients(coefficients, where: str, counts: Counter) -> dict:
     """Returns the 52 in order, clipped to 0..1 since real takes reach 1.053; refuses anything else."""
     names = list(coefficients) if isinstance(coefficients, dict) else []
-    missing = [name for name in ARKIT_NAMES if name not in names][:5]
+    missing = [name for name in ARKIT_NAMES if name not in names]
+    if missing == ["tongueOut"]:  # MediaPipe and BEAT cannot see it
+        coefficients, missing = {**coefficients, "tongueOut": 0.0}, []
+        counts["records without tongueOut, set to 0"] += 1
     unknown = [name for name in names if name not in ARKIT_NAMES][:5]
     if missing or unknown:
-        raise SystemExit(f"{where}: missing {missing}, unknown {unknown}; expected just the 52 ARKit names")
+        raise SystemExit(f"{where}: missing {missing[:5]}, unknown {unknown}; expected the 52 ARKit names")
     checked = {}
     for name in ARKIT_NAMES:
         value = coefficients[name]
         if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # also refuses True and NaN
-            raise SystemExit(f"{where}: {name} is {value!r}, expected 0 to 1 (divide percentages by 100)")
+            value = repr(value)[:40]
+            raise SystemExit(f"{where}: {name} is {value}, expected 0 to 1 (divide percentages by 100)")
         checked[name] = min(max(0.0, value), 1.0)
         counts["clipped values"] += checked[name] != value
     return checked
 
 
-def read_jsonl(path: Path, counts: Counter) -> list[dict]:
-    """Reads label or prediction records, without the failed predictions; image paths become absolute."""
+def read_input(path: Path, pictures: list[str] | None, every: int, counts: Counter) -> list[dict]:
+    """Reads every `every`-th record of a file in any known form; `pictures`, if given, go with its rows."""
+    data = path.read_bytes() if path.is_file() else b""
+    if not data.strip():
+        state = "is empty" if path.is_file() else "is no file"
+        raise SystemExit(f"{path} {state}; expected {FORMS}")
+    text = data.decode("utf-8-sig", errors="replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list) or isinstance(value, dict) and "coefficients" not in value:
+        rows = rows_of_json(path, value, "")
+    elif "," in text.split("\n")[0] and text.lstrip()[:1] not in ("{", "["):
+        rows = rows_of_csv(path, text)
+    else:
+        rows = rows_of_jsonl(path, text, counts)
+    if pictures is not None and len(pictures) != len(rows):
+        raise SystemExit(f"--frames holds {len(pictures)} pictures, {path} {len(rows)} rows; expected one "
+                         "picture for each row, in sorted order")
+    folder = str(path.parent.absolute())
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for index, (where, row) in enumerate(rows):
+        if index % every:
+            continue
+        if pictures is not None:
+            row["image"] = pictures[index]
+        elif row.get("image"):
+            row["image"] = os.path.join(folder, row["image"])
+        values = row["coefficients"]
+        plain = type(values) is dict and list(values) == ARKIT_NAMES and set(map(type, values.values())) == {float}
+        if not plain or not 0 <= min(values.values()) <= max(values.values()) <= 1 or math.isnan(sum(values.values())):
+            row["coefficients"] = check_coefficients(values, where, counts)
+        records.append(row)
+    return records
+
+
+def rows_of_jsonl(path: Path, text: str, counts: Counter) -> list[tuple]:
+    """(where, record) of label or prediction records, without the failed predictions."""
+    rows = []
+    for number, line in enumerate(text.rstrip().split("\n"), 1):
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SystemExit(f"{where}: not JSON ({error}); expected one object a line, delete a torn one")
-        if not isinstance(record, dict) or "coefficients" not in record:
-            raise SystemExit(f"{where}: expected an object with the field \"coefficients\"")
-        image = record.get("image")
-        if not isinstance(image, str | None):
-            raise SystemExit(f"{where}: image is {image!r}, expected a path relative to the file")
-        if record.get("error"):
+        rows += rows_of_json(path, record, where)
+        if rows[-1][1].pop("error", None):
             counts["failed predictions left out"] += 1
-            continue
-        record["image"] = image and str((path.parent / image).absolute())
-        record["coefficients"] = check_coefficients(record["coefficients"], where, counts)
-        records.append({key: record[key] for key in ("image", "identity", "coefficients") if key in record})
-    return records
+            rows.pop()
+    return rows
 
 
-def read_livelink(path: Path, frames: str | None, counts: Counter) -> list[dict]:
-    """Reads a Live Link Face take (.csv) by column name; the folder `frames` has one picture for each row."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        reader.fieldnames = [name[:1].lower() + name[1:] for name in reader.fieldnames or []]
-        rows = list(reader)
-    missing = [name for name in ARKIT_NAMES if not rows or name not in rows[0]]
+def rows_of_json(path: Path, value, where: str) -> list[tuple]:
+    """(where, record) of a JSON value: a record, MediaPipe's result for one or many images, or just names."""
+    if isinstance(value, list) and not is_categories(value):
+        where = where or f"{path}, line 1"
+        parts = [rows_of_json(path, part, f"{where}, entry {k}") for k, part in enumerate(value, 1)]
+        return [row for part in parts for row in part]
+    where = where or f"{path}, line 1"
+    record = {}
+    if isinstance(value, dict) and "coefficients" in value:
+        record = {key: value[key] for key in ("image", "identity", "coefficients", "error") if key in value}
+        if not isinstance(record.get("image"), str | None):
+            raise SystemExit(f"{where}: image is {value['image']!r}, expected a path relative to the file")
+        if not isinstance(record.get("identity"), str | int | None):
+            raise SystemExit(f"{where}: identity is {value['identity']!r}, expected a name")
+        if isinstance(value["coefficients"], dict) and "jawOpen" not in value["coefficients"]:
+            record["coefficients"] = {canonical(name): v for name, v in value["coefficients"].items()}
+        return [(where, record)]
+    if isinstance(value, dict) and "faceBlendshapes" in value:
+        return rows_of_json(path, value["faceBlendshapes"], where)
+    if isinstance(value, dict) and is_categories(value.get("categories")):
+        value = value["categories"]
+    if is_categories(value):
+        value = {category.get("categoryName"): category.get("score") for category in value}
+        value.pop("_neutral", None)
+    if not isinstance(value, dict) or not {canonical(name) for name in value} & set(ARKIT_NAMES):
+        raise SystemExit(f"{where}: expected an object with the field \"coefficients\", or {FORMS}")
+    return [(where, {"coefficients": {canonical(name): number for name, number in value.items()}})]
+
+
+def is_categories(value) -> bool:
+    """Whether a JSON value is MediaPipe's list of {"categoryName", "score"}."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(part, dict) and "categoryName" in part for part in value)
+
+
+def rows_of_csv(path: Path, text: str) -> list[tuple]:
+    """(where, record) of a Live Link Face take, by column name; other columns are ignored."""
+    try:
+        header, *lines = csv.reader(text.splitlines())
+    except csv.Error as error:
+        raise SystemExit(f"{path}: not readable as CSV ({error}); expected {FORMS}")
+    columns = {canonical(name): place for place, name in enumerate(header)}
+    missing = [name for name in ARKIT_NAMES if name not in columns and name != "tongueOut"]
     if missing:
-        raise SystemExit(f"{path}: no column for {missing[:5]}; expected the header of a Live Link Face take")
-    pictures = [None] * len(rows)
-    if frames:
-        files = sorted(Path(frames).absolute().iterdir())
-        pictures = [str(file) for file in files if file.suffix.lower() in Image.registered_extensions()]
-    if len(pictures) != len(rows):
-        raise SystemExit(f"--frames {frames} holds {len(pictures)} pictures, {path} {len(rows)} rows; "
-                         "expected one picture for each row, in sorted order")
-    records = []
-    for number, (row, picture) in enumerate(zip(rows, pictures), 2):
-        where = f"{path}, line {number}"
+        raise SystemExit(f"{path}: no column for {missing[:5]}; expected {FORMS}")
+    rows = []
+    for number, line in enumerate(lines, 2):
+        where, coefficients = f"{path}, line {number}", {}
         for name in ARKIT_NAMES:
-            try:
-                row[name] = float(row[name])
-            except (TypeError, ValueError):
-                raise SystemExit(f"{where}: {name} is {row[name]!r}, expected a number from 0 to 1")
-        coefficients = check_coefficients({name: row[name] for name in ARKIT_NAMES}, where, counts)
-        records.append({"image": picture, "identity": path.stem, "coefficients": coefficients})
-    return records
+            if name in columns:
+                word = line[columns[name]] if columns[name] < len(line) else None
+                try:
+                    coefficients[name] = float(word)
+                except (TypeError, ValueError):
+                    raise SystemExit(f"{where}: {name} is {word!r}, expected a number from 0 to 1")
+        rows.append((where, {"image": None, "identity": path.stem, "coefficients": coefficients}))
+    if not rows:
+        raise SystemExit(f"{path}: a header without rows; expected {FORMS}")
+    return rows
+
+
+def relative_image(image: str | None, folder: str) -> str | None:
+    """The path relative to `folder`, with slashes, of an image that is absolute or already relative to it."""
+    if not image:
+        return None
+    image = os.path.join(folder, image)
+    inside = image.startswith(folder + os.sep) and ".." not in image  # the common case, and a fast one
+    path = image[len(folder) + 1:] if inside else os.path.relpath(image, folder)
+    return path.replace(os.sep, "/")
 
 
 def write_records(path: Path, records: list[dict]) -> None:
-    """Describes the records and writes them, whole or not at all."""
-    folder = path.parent.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    """Describes the records by rules and writes them, whole or not at all."""
+    folder = str(path.parent.absolute())
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for record in tqdm(records, desc=f"describing {path.name}", unit=" faces", disable=None):
-            image = record["image"] and Path(os.path.relpath(folder / record["image"], folder)).as_posix()
-            description = describe(record["coefficients"])
-            line = {**record, "image": image, "description": description, "annotator": "rules"}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        bar = tqdm(total=len(records), desc=f"describing {path.name}", unit=" faces", disable=None)
+        for start in range(0, len(records), 2000):
+            part = records[start:start + 2000]
+            descriptions = describe_all(np.array([list(record["coefficients"].values()) for record in part]))
+            for record, description in zip(part, descriptions):
+                image = relative_image(record.get("image"), folder)
+                line = {**record, "image": image, "description": description, "annotator": "rules"}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            bar.update(len(part))
+        bar.close()
     partial.replace(path)
 
 
@@ -233,46 +337,200 @@ VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
 EXPRESSIVE = np.array([not name.startswith(("eyeLook", "eyeBlink")) for name in ARKIT_NAMES])
 
 
-def classify(coefficients: dict) -> tuple[str, str]:
-    """Expression category and emotional implication, by the cosine to the EMFACS prototypes."""
-    vector = np.array([coefficients[name] for name in ARKIT_NAMES]) * EXPRESSIVE
-    if vector.max() < ACTIVE:
-        return "neutral", "not clearly observable"
-    cosines = VECTORS @ vector / np.linalg.norm(vector)
-    best, second = np.argsort(-cosines)[:2]
-    if cosines[best] < 0.5:
-        return "movement without a clear emotion", "not clearly observable"
-    emotion, other = PROTOTYPES[best][0], PROTOTYPES[second][0]
-    if cosines[second] > 0.9 * cosines[best] and other != emotion:
-        return f"{emotion} mixed with {other}", f"{IMPLICATIONS[emotion]}, with {IMPLICATIONS[other]}"
-    peak = intensity((vector * (VECTORS[best] > 0)).max())
-    degree = {"slightly": "slight ", "moderately": "", "strongly": "strong "}[peak]
-    return degree + emotion, IMPLICATIONS[emotion]
+def classify(values: np.ndarray) -> list[tuple[str, str]]:
+    """Expression category and emotional implication of rows (N, C), by the cosine to EMFACS prototypes."""
+    vectors = values * EXPRESSIVE  # (N, C)
+    norms = np.linalg.norm(vectors, axis=1)
+    cosines = vectors @ VECTORS.T / np.maximum(norms, 1e-9)[:, None]  # (N, prototypes)
+    order = np.argsort(-cosines, axis=1)[:, :2]
+    best, second = order[:, 0], order[:, 1]
+    first_cosines, second_cosines = np.take_along_axis(cosines, order, axis=1).T
+    peaks = (vectors * (VECTORS > 0)[best]).max(axis=1)
+    results = []
+    for k, active in enumerate((vectors.max(axis=1) >= ACTIVE).tolist()):
+        emotion, other = PROTOTYPES[best[k]][0], PROTOTYPES[second[k]][0]
+        if not active:
+            results.append(("neutral", "not clearly observable"))
+        elif first_cosines[k] < 0.5:
+            results.append(("movement without a clear emotion", "not clearly observable"))
+        elif second_cosines[k] > 0.9 * first_cosines[k] and other != emotion:
+            mixed = f"{IMPLICATIONS[emotion]}, with {IMPLICATIONS[other]}"
+            results.append((f"{emotion} mixed with {other}", mixed))
+        else:
+            degree = {"slightly": "slight ", "moderately": "", "strongly": "strong "}[intensity(peaks[k])]
+            results.append((degree + emotion, IMPLICATIONS[emotion]))
+    return results
+
+
+def phrase_table(noun: str, verb: str, paired: bool) -> list:
+    """What to say of an action at bands 0 (inactive) to 3, or of a pair: phrases[left][right]."""
+    adverbs = [None] + [adverb for _, adverb in BANDS]
+    if not paired:
+        return [[adverb and f"{noun} {adverb} {verb}"] for adverb in adverbs]
+    table = []
+    for left in adverbs:
+        row = [", ".join(f"{side} {noun} {adverb} {verb}"
+                         for side, adverb in (("left", left), ("right", right)) if adverb)
+               if left != right else left and f"both {noun}s {left} {verb}" for right in adverbs]
+        table.append(row)
+    return table
+
+
+def movement_tables() -> list[tuple]:
+    """(region, [(column, column, phrases)], columns of its Left and of its Right actions) of each region."""
+    column = {name: k for k, name in enumerate(ARKIT_NAMES)}
+    tables = []
+    for region, actions in MOVEMENTS.items():
+        phrases, pairs = [], []
+        for key, (noun, verb) in actions.items():
+            columns = [column[name] for name in sides(key)]
+            phrases.append((columns[0], columns[-1], phrase_table(noun, verb, len(columns) == 2)))
+            if key.endswith("_") and not key.startswith("eyeLook"):  # the eyes look one way, more or less
+                pairs.append(columns)
+        tables.append((region, phrases, np.array(pairs, dtype=int).reshape(-1, 2)))
+    return tables
+
+
+TABLES = movement_tables()
+
+
+def describe_all(values: np.ndarray) -> list[dict]:
+    """The descriptions of rows of coefficients (N, C), in the order of ARKIT_NAMES."""
+    bands = np.digitize(values, [ACTIVE] + [end for end, _ in BANDS[:-1]])  # (N, C): 0 is inactive
+    categories = classify(values)
+    tilts = []  # of each region with pairs: the widest difference of left and right (N,)
+    for region, _, pairs in TABLES:
+        if len(pairs):
+            difference = values[:, pairs[:, 0]] - values[:, pairs[:, 1]]  # (N, pairs)
+            widest = np.abs(difference).argmax(axis=1)
+            tilts.append((region.lower(), difference[np.arange(len(values)), widest].tolist()))
+    descriptions = []
+    for k, row in enumerate(bands.tolist()):
+        sentences = []
+        for region, actions, _ in TABLES:
+            phrases = [table[row[left]][row[right] if len(table[0]) > 1 else 0] for left, right, table in actions
+                       if row[left] or row[right]]
+            if phrases:
+                sentences.append(f"{region}: {', '.join(phrases)}.")
+        stronger = [f"{'left' if tilt[k] > 0 else 'right'} {region}" for region, tilt in tilts
+                    if abs(tilt[k]) >= ACTIVE]
+        descriptions.append({
+            "expression_category": categories[k][0],
+            "muscle_movements": " ".join(sentences) or "No visible movement.",
+            "emotional_implication": categories[k][1],
+            "symmetry": f"stronger on the {', '.join(stronger)}" if stronger else "symmetric"})
+    return descriptions
 
 
 def describe(coefficients: dict) -> dict:
     """The hierarchical semantic description (Sec. 3.1): four strings, never at odds with the coefficients."""
-    category, implication = classify(coefficients)
-    sentences, stronger = [], []
-    for region, actions in MOVEMENTS.items():
-        phrases, widest = [], 0.0
-        for key, (noun, verb) in actions.items():
-            values = [coefficients[name] for name in sides(key)]
-            adverbs = [intensity(value) if value >= ACTIVE else None for value in values]
-            subjects = [noun] if len(values) == 1 else [f"left {noun}", f"right {noun}"]
-            if len(values) == 2 and adverbs[0] == adverbs[1]:
-                subjects = [f"both {noun}s"]
-            phrases += [f"{subject} {adverb} {verb}" for subject, adverb in zip(subjects, adverbs) if adverb]
-            if key.endswith("_") and not key.startswith("eyeLook"):  # the eyes look one way, more or less
-                widest = max(widest, values[0] - values[1], key=abs)
-        if phrases:
-            sentences.append(f"{region}: {', '.join(phrases)}.")
-        if abs(widest) >= ACTIVE:
-            stronger.append(f"{'left' if widest > 0 else 'right'} {region.lower()}")
-    return {"expression_category": category,
-            "muscle_movements": " ".join(sentences) or "No visible movement.",
-            "emotional_implication": implication,
-            "symmetry": f"stronger on the {', '.join(stronger)}" if stronger else "symmetric"}
+    return describe_all(np.array([[coefficients[name] for name in ARKIT_NAMES]], dtype=float))[0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Describing by a frozen language model (Sec. 3.1)
+# ---------------------------------------------------------------------------------------------------
+
+def llm_prompt(coefficients: dict) -> str:
+    """What the language model is told: the active coefficients, never the picture."""
+    active = {name: round(value, 2) for name, value in coefficients.items() if value >= ACTIVE}
+    listed = ", ".join(f"{name} {value}" for name, value in active.items()) or "none: the face is at rest"
+    return LLM_PROMPT.format(listed)
+
+
+def read_description(text: str) -> dict | None:
+    """The four fields from a language model's answer, or None if they are not all there as texts."""
+    start = text.find("{")
+    try:
+        answer = json.JSONDecoder().raw_decode(text, start)[0] if start >= 0 else None
+    except (ValueError, RecursionError):
+        return None
+    fields = [answer.get(field) for field in FIELDS] if isinstance(answer, dict) else [None]
+    if not all(isinstance(value, str) and value.strip() for value in fields):
+        return None
+    return {field: " ".join(value.split()) for field, value in zip(FIELDS, fields)}
+
+
+class Llm:
+    """A frozen chat model that writes descriptions."""
+
+    def __init__(self, name: str, device: str):
+        import torch  # the rules and the drawings do without
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+        self.torch = torch
+        logging.disable_progress_bar()
+        self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+            self.model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(self.device).eval()
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SystemExit(f"--llm {name} cannot be loaded ({reason}); expected a hub id or a folder")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+
+    def write(self, prompts: list[str], sample: bool) -> list[str]:
+        """Answers to prompts, the likeliest or, for another try, sampled."""
+        if self.tokenizer.chat_template:
+            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            prompts = [self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+                       for turn in turns]
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        with self.torch.inference_mode():
+            tokens = self.model.generate(**inputs, do_sample=sample, max_new_tokens=LLM_TOKENS,
+                                         pad_token_id=self.tokenizer.pad_token_id)
+        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+
+
+def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
+    """Lets a language model describe the records and appends them as they come; goes on where it stopped.
+
+    A malformed answer is asked for again, LLM_TRIES times in all; then the rules describe the record, and its
+    "annotator" says so.
+    """
+    folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept, counts = [], Counter()
+    for line, record in zip(partial.read_text("utf-8").split("\n") if partial.is_file() else [], records):
+        done = read_torn(line)
+        if not done or done["coefficients"] != record["coefficients"] or args.llm not in done["annotator"]:
+            break
+        kept.append(line + "\n")
+        counts[done["annotator"]] += 1
+    partial.write_text("".join(kept), "utf-8")
+    llm = Llm(args.llm, args.device)
+    bar = tqdm(total=len(records), initial=len(kept), desc="describing", unit=" faces", disable=None)
+    with partial.open("a", encoding="utf-8") as file:
+        for start in range(len(kept), len(records), args.batch_size):
+            batch = records[start:start + args.batch_size]
+            found = [None] * len(batch)
+            for attempt in range(LLM_TRIES):
+                open_ones = [k for k, description in enumerate(found) if not description]
+                if open_ones:
+                    prompts = [llm_prompt(batch[k]["coefficients"]) for k in open_ones]
+                    for k, text in zip(open_ones, llm.write(prompts, sample=attempt > 0)):
+                        found[k] = read_description(text)
+            for record, description in zip(batch, found):
+                annotator = args.llm if description else f"rules, since {args.llm} gave no valid answer"
+                line = {**record, "image": relative_image(record.get("image"), folder),
+                        "description": description or describe(record["coefficients"]), "annotator": annotator}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                counts[annotator] += 1
+            file.flush()
+            bar.update(len(batch))
+    bar.close()
+    partial.replace(path)
+    print("described by " + ", ".join(f"{name}: {count}" for name, count in counts.items()))
+
+
+def read_torn(line: str) -> dict | None:
+    """A record from a line that may be cut off."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -493,10 +751,11 @@ def main(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1 or args.demo < 240:
         raise SystemExit(f"--limit {args.limit}, --demo {args.demo}: expected --limit of at least 1 "
                          "and --demo of at least 240 (12 people of 20 faces)")
-    one_take = len(args.inputs) == 1 and args.inputs[0].endswith(".csv")
-    if args.frames and not (one_take and Path(args.frames).is_dir()):
+    if args.frames and not (len(args.inputs) == 1 and Path(args.frames).is_dir()):
         raise SystemExit(f"--frames {args.frames} with {args.inputs or 'no INPUT'}: "
-                         "expected an existing folder and one .csv take")
+                         "expected an existing folder and one INPUT")
+    if args.every < 1 or args.batch_size < 1:
+        raise SystemExit(f"--every {args.every}, --batch-size {args.batch_size}: expected 1 or more")
     if not args.inputs:
         count = max(240, min(args.limit or args.demo, args.demo))
         train, val = make_demo(Path(args.out or "data/demo"), count, args.seed)
@@ -504,14 +763,12 @@ def main(args: argparse.Namespace) -> None:
         print("next: python distill.py" + (f" --data {train} --val {val}" if args.out else ""))
         return
     records, counts = [], Counter()
-    expected = "expected label records (.jsonl) or a Live Link Face take (.csv)"
+    pictures = None
+    if args.frames:
+        files = sorted(Path(args.frames).absolute().iterdir())
+        pictures = [str(file) for file in files if file.suffix.lower() in Image.registered_extensions()]
     for path in map(Path, args.inputs):
-        if not path.is_file() or path.stat().st_size == 0:
-            raise SystemExit(f"{path} {'is empty' if path.is_file() else 'is no file'}; {expected}")
-        if path.suffix not in (".jsonl", ".csv"):
-            raise SystemExit(f"{path} ends in {path.suffix!r}; {expected}")
-        take = path.suffix == ".csv"
-        records += read_livelink(path, args.frames, counts) if take else read_jsonl(path, counts)
+        records += read_input(path, pictures, args.every, counts)
     records = records[:args.limit]
     if not records:
         raise SystemExit(f"{', '.join(args.inputs)}: no usable record ({dict(counts)})")
@@ -522,7 +779,10 @@ def main(args: argparse.Namespace) -> None:
         out = out / "records.jsonl"
     if out.absolute() in [Path(name).absolute() for name in args.inputs]:
         raise SystemExit(f"--out {out} is an INPUT and would be overwritten; choose another file")
-    write_records(out, records)
+    if args.llm:
+        write_llm_records(out, records, args)
+    else:
+        write_records(out, records)
     people = {record["identity"] for record in records if "identity" in record}
     oddities = "".join(f", {count} {what}" for what, count in counts.items() if count)
     print(f"{len(records)} records, {len(people)} identities{oddities}")
@@ -533,7 +793,7 @@ def main(args: argparse.Namespace) -> None:
     shares = [f"{name} {100 * count / len(records):.0f}%" for name, count in Counter(active).most_common()]
     print(f"most active: {', '.join(shares[:4])}; least: {', '.join(shares[-4:])}")
     print(f"wrote {out}")
-    if all(record["image"] for record in records):
+    if all(record.get("image") for record in records):
         print(f"next: python distill.py --data {out}")
 
 

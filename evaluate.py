@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""Evaluation for SemanticFace (arXiv 2603.14827, Sec. 4): predictions + truth -> metrics.
+"""Evaluation for SemanticFace (arXiv 2603.14827, Sec. 4): predictions + truth -> metrics with intervals.
 
-Compares predicted with true coefficients, over all images, by face region and by coefficient, and sets
-beside them the predictors that never look at the picture: all zeros, and the mean and median of the
-training set. Labels are sparse, so a small MAE alone means little; RMSE and correlation show whether
-anything was seen.
+Compares predicted with true coefficients, over all images, by face region, by coefficient and by any record
+field, and sets beside them the predictors that never look: all zeros, and the mean and median of the training
+set. Labels are sparse, so a small MAE alone means little; RMSE and correlation show whether anything was
+seen. Several prediction files are compared in pairs: "A beats B" is a difference with an interval.
 
 Reads:  prediction records (.jsonl) of infer.py; label or annotated records (.jsonl) with the truth;
-        the training records for the baselines
-Writes: a table, and every number of it in a .json file
+        the training records for the baselines; with --rig a folder of OBJ files for errors in millimetres
+Writes: a table, every number of it in a .json file, with --plot one picture
     {"images": 1000, "errors": 0, "model": {"mae": 0.04, "rmse": 0.1, "pearson_median": 0.93, ...},
-     "constants": {"zeros": {...}, ...}, "by_region": {...}, "by_coefficient": {...}}
+     "intervals": {"mae": [0.038, 0.042], ...}, "constants": {...}, "by_region": {...}, ...}
 
-    python evaluate.py predictions.jsonl data/demo/val.jsonl --train data/demo/train.jsonl
+    python evaluate.py predictions.jsonl data/demo/val.jsonl --train data/demo/train.jsonl --plot metrics.png
 
-Shapes: N images, C = 52 coefficients.
+Shapes: N images, C = 52 coefficients, G groups of images, R resamplings, V vertices.
 """
 import argparse
 import json
-import math
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 # ---------------------------------------------------------------------------------------------------
 # Constants
@@ -44,6 +46,14 @@ ARKIT_NAMES = [
 REGIONS = {"brows": "brow", "eyes": "eye", "nose": "nose", "cheeks": "cheek", "mouth": "mouth",
            "jaw": "jaw", "tongue": "tongue"}  # how the names of a region start
 FIELDS = ["expression_category", "symmetry"]  # compared word for word
+ACTIVE = 0.15  # from here on an action counts as seen, as in annotate.py
+PAIRS = [(ARKIT_NAMES.index(name), ARKIT_NAMES.index(name.replace("Left", "Right"))) for name in ARKIT_NAMES
+         if name.endswith("Left") and name not in ("jawLeft", "mouthLeft")]
+RESAMPLES = 1000  # of the bootstrap
+MAX_GROUPS = 1000  # more groups than this are merged at random before resampling
+UNITS = {"mm": 1.0, "cm": 10.0, "m": 1000.0}  # millimetres
+LIP_SHAPES = ["mouthRollUpper", "mouthRollLower", "mouthFunnel", "mouthPucker"]
+BLUE, GREY, INK, GRID = (0, 114, 178), (170, 170, 170), (40, 40, 40), (225, 225, 225)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -51,12 +61,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("predictions", nargs="?", default="predictions.jsonl",
-        help="prediction records of infer.py (default %(default)s)")
-    add("truth", nargs="?", default="data/demo/val.jsonl",
-        help="label or annotated records (default %(default)s)")
+    add("files", nargs="*", metavar="FILE", help="prediction records of infer.py, one file or several to compare, "
+        "then the truth: label or annotated records (default: predictions.jsonl data/demo/val.jsonl)")
     add("--train",
         help="records for the mean and median predictors (default: train.jsonl beside TRUTH, if any)")
+    add("--by", help="also by the values of this field of the truth, such as identity")
+    add("--rig", help="folder of OBJ files, Neutral.obj and one for each shape: adds errors in millimetres")
+    add("--plot", help="also draw the results into this picture (.png)")
+    add("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
     add("--out", default="metrics.json", help="file for every number (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -123,40 +135,116 @@ def as_array(records: list[dict]) -> np.ndarray:
 # Metrics
 # ---------------------------------------------------------------------------------------------------
 
-def pearson(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Pearson's r by column of (N, C) arrays -> (C,): NaN for a constant truth, 0 if only the other is."""
-    x, y = predicted - predicted.mean(axis=0), true - true.mean(axis=0)
-    x_norm, y_norm = np.sqrt((x ** 2).sum(axis=0)), np.sqrt((y ** 2).sum(axis=0))
-    constant = x_norm < 1e-9
-    r = (x * y).sum(axis=0) / np.where(constant, 1.0, x_norm) / np.where(y_norm < 1e-9, np.nan, y_norm)
-    return np.where(constant & ~np.isnan(r), 0.0, r)
+def group_sums(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """All that the metrics need, summed over the images of each group: two (N, C) and (N,) -> (G, 12, C).
+
+    Values are taken relative to the truth's mean, which no metric sees but which keeps the sums exact.
+    """
+    x, y = predicted - true.mean(axis=0), true - true.mean(axis=0)
+    seen, active = predicted >= ACTIVE, true >= ACTIVE
+    tilt = np.zeros_like(x)
+    left, right = np.array(PAIRS).T if x.shape[1] == len(ARKIT_NAMES) else np.zeros((2, 0), dtype=int)
+    tilt[:, left] = np.abs((predicted - true)[:, left] - (predicted - true)[:, right])
+    columns = [np.ones_like(x), x, y, x * x, y * y, x * y, np.abs(x - y), (x - y) ** 2,
+               seen & active, seen & ~active, ~seen & active, tilt]
+    sums = np.zeros((groups.max() + 1, len(columns), x.shape[1]))
+    order = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[order], np.arange(len(sums)))
+    for k, column in enumerate(columns):
+        sums[:, k] = np.add.reduceat(column[order].astype(np.float64), starts, axis=0)
+    return sums
+
+
+def per_coefficient(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics of each coefficient (..., C) from sums (..., 12, C); NaN where the truth never varies.
+
+    pearson: Pearson's r, 0 where only the prediction is constant.
+    ccc: concordance, 2 s_xy / (s_x^2 + s_y^2 + (m_x - m_y)^2) (Lin 1989).
+    icc: ICC(3,1) = (MSB - MSE) / (MSB + MSE), prediction and truth as two raters (Shrout & Fleiss 1979).
+    """
+    n, x, y, xx, yy, xy, absolute, squared = np.moveaxis(sums, -2, 0)[:8]
+    var_x, var_y = np.maximum(xx / n - (x / n) ** 2, 0), np.maximum(yy / n - (y / n) ** 2, 0)
+    covariance, gap = xy / n - x * y / n ** 2, (x - y) / n
+    varies, moves = var_y > 1e-14, var_x > 1e-14
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = np.where(moves, covariance / np.sqrt(var_x * var_y), 0.0)
+        ccc = 2 * covariance / (var_x + var_y + gap ** 2)
+        # With two raters, MSB is the variance of their sum over 2, MSE that of their difference over 2.
+        icc = 2 * covariance / (var_x + var_y)
+    return {"mae": absolute / n, "rmse": np.sqrt(squared / n), "pearson": np.where(varies, r, np.nan),
+            "ccc": np.where(varies, ccc, np.nan), "icc": np.where(varies, icc, np.nan)}
+
+
+def summary(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics over all coefficients, from sums (..., 12, C); see `metrics`."""
+    each = per_coefficient(sums)
+    images = sums[..., 0, 0]
+    hits, false, missed = sums[..., 8:11, :].sum(axis=-1).transpose((-1, *range(sums.ndim - 2)))
+    result = {"mae": each["mae"].mean(axis=-1), "rmse": np.sqrt((each["rmse"] ** 2).mean(axis=-1))}
+    varying = ~np.isnan(each["pearson"]).all(axis=tuple(range(sums.ndim - 2)))  # (C,)
+    if varying.any():
+        r = np.where(np.isnan(each["pearson"]), 0.0, each["pearson"])[..., varying]
+        result |= {"pearson_median": np.median(r, axis=-1), "pearson_mean": r.mean(axis=-1),
+                   "pearson_min": r.min(axis=-1), "pearson_above_0.8": (r > 0.8).sum(axis=-1)}
+        for name in ("ccc", "icc"):
+            result[name] = np.nan_to_num(each[name][..., varying]).mean(axis=-1)
+    result["constant"] = np.full(images.shape, (~varying).sum())
+    result["f1"] = 2 * hits / np.maximum(2 * hits + false + missed, 1)
+    if sums.shape[-1] == len(ARKIT_NAMES):
+        result["asymmetry"] = sums[..., 11, :].sum(axis=-1) / images / len(PAIRS)
+    return result
 
 
 def metrics(predicted: np.ndarray, true: np.ndarray) -> dict:
-    """Errors over all images and coefficients of two arrays (N, C).
+    """Compares two arrays (N, C), in units of the coefficients.
 
-    Returns mae (mean absolute error) and rmse (root mean squared error) in units of the coefficients, and
-    Pearson's r by coefficient as median, mean, minimum and number above 0.8, over the coefficients whose
-    truth varies; "constant" counts the others.
+    mae, rmse: mean absolute and root mean squared error over all images and coefficients.
+    pearson_*, ccc, icc: of each coefficient, then median, mean, ... over those whose truth varies; "constant"
+    counts the others. f1: of "active" (0.15 or more) over all. asymmetry: mean absolute error of left - right.
     """
-    error = predicted - true
-    r = pearson(predicted, true)
-    varying = r[~np.isnan(r)]
-    summary = {"mae": np.abs(error).mean(), "rmse": math.sqrt((error ** 2).mean())}
-    summary["constant"] = int(np.isnan(r).sum())
-    if len(varying):
-        summary |= {"pearson_median": np.median(varying), "pearson_mean": varying.mean(),
-                    "pearson_min": varying.min(), "pearson_above_0.8": int((varying > 0.8).sum())}
-    return {name: value if isinstance(value, int) else float(value) for name, value in summary.items()}
+    sums = group_sums(predicted, true, np.zeros(len(true), dtype=int))[0]
+    return as_numbers(summary(sums))
+
+
+def as_numbers(values: dict) -> dict:
+    """NumPy scalars as plain numbers."""
+    counts = ("constant", "pearson_above_0.8")
+    return {name: int(value) if name in counts else float(value) + 0.0 for name, value in values.items()}
 
 
 def by_coefficient(predicted: np.ndarray, true: np.ndarray) -> dict[str, dict]:
-    """mae, rmse and Pearson's r (None where the truth never varies) of each coefficient."""
-    error, r = predicted - true, pearson(predicted, true)
-    mae, rmse = np.abs(error).mean(axis=0), np.sqrt((error ** 2).mean(axis=0))
-    correlations = [None if np.isnan(value) else float(value) for value in r]
-    return {name: {"mae": float(mae[k]), "rmse": float(rmse[k]), "pearson": correlations[k]}
+    """mae, rmse, pearson, ccc and icc (None where the truth never varies) of each coefficient."""
+    each = per_coefficient(group_sums(predicted, true, np.zeros(len(true), dtype=int))[0])
+    return {name: {metric: None if np.isnan(values[k]) else float(values[k]) for metric, values in each.items()}
             for k, name in enumerate(ARKIT_NAMES)}
+
+
+def numbered(values: list) -> tuple[np.ndarray, list]:
+    """The place (N,) of each value among the distinct ones, and these."""
+    distinct = list(dict.fromkeys(values))
+    places = {value: place for place, value in enumerate(distinct)}
+    return np.array([places[value] for value in values]), distinct
+
+
+def resampled(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each of G groups occurs in R bootstrap samples (R, G); groups (N,) may be merged for speed."""
+    rng = np.random.default_rng(seed)
+    if groups.max() >= MAX_GROUPS:
+        groups = (rng.permutation(groups.max() + 1) % MAX_GROUPS)[groups]
+    count = groups.max() + 1
+    return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float), groups
+
+
+def bootstrap(predicted: np.ndarray, true: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> dict:
+    """The metrics in each bootstrap sample, (R,) each."""
+    sums = group_sums(predicted, true, groups)
+    mixed = (weights @ sums.reshape(len(sums), -1)).reshape(len(weights), *sums.shape[1:])  # (R, 12, C)
+    return summary(mixed)
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """The 95% percentile interval (Efron & Tibshirani 1993, Ch. 13)."""
+    return [float(end) for end in np.percentile(samples, (2.5, 97.5))]
 
 
 def constants(truth: np.ndarray, train: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -168,13 +256,76 @@ def constants(truth: np.ndarray, train: np.ndarray | None) -> dict[str, np.ndarr
     return predictors
 
 
+def words(record: dict) -> Counter:
+    """The words of a description's movements, with their number."""
+    return Counter(re.findall(r"\w+", str(record["description"].get("muscle_movements")).lower()))
+
+
 def agreement(predictions: list[dict], truth: list[dict]) -> dict[str, float]:
-    """Share of pictures whose category and symmetry are word for word the truth's, if both have them."""
-    pairs = [(p.get("description"), t.get("description")) for p, t in zip(predictions, truth)]
-    pairs = [(p, t) for p, t in pairs if isinstance(p, dict) and isinstance(t, dict)]
+    """Share of pictures whose category and symmetry are word for word the truth's, and precision, recall and
+    F1 of the words of the movements over all pictures; nothing where either has no descriptions."""
+    pairs = [(p, t) for p, t in zip(predictions, truth)
+             if isinstance(p.get("description"), dict) and isinstance(t.get("description"), dict)]
     if not pairs:
         return {}
-    return {field: sum(p.get(field) == t.get(field) for p, t in pairs) / len(pairs) for field in FIELDS}
+    result = {field: sum(p["description"].get(field) == t["description"].get(field) for p, t in pairs) / len(pairs)
+              for field in FIELDS}
+    written, right, common = 0, 0, 0
+    for p, t in pairs:
+        p_words, t_words = words(p), words(t)
+        written, right = written + p_words.total(), right + t_words.total()
+        common += (p_words & t_words).total()
+    return {**result, "movement_precision": common / max(written, 1), "movement_recall": common / max(right, 1),
+            "movement_f1": 2 * common / max(written + right, 1)}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Perceptual error: the face that the coefficients drive
+# ---------------------------------------------------------------------------------------------------
+
+def read_obj(path: Path) -> np.ndarray:
+    """The vertices (V, 3) of an OBJ file."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        return np.array([line.split()[1:4] for line in lines if line.startswith("v ")], dtype=float)
+    except ValueError:
+        raise SystemExit(f"--rig: {path} has a vertex that is not three numbers; expected lines such as v 1.0 0.5 2")
+
+
+def read_rig(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Displacements (C, V, 3) in mm, which vertices are lips (V,), and the unit the files seem to be in."""
+    files = {path.stem[:1].lower() + path.stem[1:]: path for path in sorted(folder.glob("*.obj"))}
+    files = {re.sub("_L$", "Left", re.sub("_R$", "Right", name)): path for name, path in files.items()}
+    missing = [name for name in ["neutral", *ARKIT_NAMES] if name not in files and name != "tongueOut"]
+    if missing:
+        raise SystemExit(f"--rig {folder} lacks {missing[:4]}; expected Neutral.obj and one .obj for each ARKit name")
+    neutral = read_obj(files["neutral"])
+    shapes = [read_obj(files[name]) if name in files else neutral for name in ARKIT_NAMES]
+    odd = [name for name, shape in zip(ARKIT_NAMES, shapes) if shape.shape != neutral.shape]
+    if odd or not len(neutral):
+        raise SystemExit(f"--rig {folder}: {odd[:4]} differ from Neutral.obj in the number of vertices")
+    height = np.ptp(neutral[:, 1])  # OBJ knows no units, but a face is 10 to 60 cm high
+    unit = next((unit for unit, size in UNITS.items() if 100 <= height * size <= 600), "mm")
+    deltas = (np.stack(shapes) - neutral) * UNITS[unit]
+    moved = np.linalg.norm(deltas[[ARKIT_NAMES.index(name) for name in LIP_SHAPES]], axis=2)  # (4, V)
+    lips = (moved >= moved.max(axis=1, keepdims=True) / 2).any(axis=0)
+    return deltas, lips, unit
+
+
+def vertex_errors(predicted: np.ndarray, true: np.ndarray, deltas: np.ndarray, lips: np.ndarray) -> dict:
+    """Mean vertex error and lip vertex error in mm between the faces that two (N, C) drive.
+
+    vertex_mm: L2 distance, mean over vertices and images. lip_mm: per image the largest over the lips, not
+    squared (as CodeTalker, arXiv 2301.02379, but in mm), then the mean. Lips are the vertices that a shape of
+    LIP_SHAPES moves by half of its largest displacement or more.
+    """
+    mean, lip = [], []
+    for start in range(0, len(true), 256):
+        difference = (predicted - true)[start:start + 256]
+        distance = np.linalg.norm(np.tensordot(difference, deltas, axes=1), axis=2)  # (256, V)
+        mean.append(distance.mean(axis=1))
+        lip.append(distance[:, lips].max(axis=1))
+    return {"vertex_mm": float(np.concatenate(mean).mean()), "lip_mm": float(np.concatenate(lip).mean())}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -183,65 +334,174 @@ def agreement(predictions: list[dict], truth: list[dict]) -> dict[str, float]:
 
 def print_report(results: dict) -> None:
     """Prints the table that `results` holds."""
-    def row(label: str, m: dict) -> None:
-        correlations = ""
-        if "pearson_median" in m:
-            correlations = f"{m['pearson_median']:10.3f} {m['pearson_mean']:8.3f}"
-            correlations += f" {m['pearson_above_0.8']:7d}"
-        print(f"{label:22s} {m['mae']:8.4f} {m['rmse']:8.4f} {correlations}")
+    def row(label: str, m: dict, ends: dict | None = None) -> None:
+        line = f"{label:24.24s} {m['mae']:7.4f} {m['rmse']:7.4f}"
+        line += f" {m['pearson_median']:7.3f} {m['pearson_above_0.8']:6d}" if "pearson_median" in m else " " * 15
+        line += f" {m['ccc']:6.3f} {m['icc']:6.3f}" if "ccc" in m else " " * 14
+        line += f" {m['f1']:6.3f}" + (f" {m['asymmetry']:6.4f}" if "asymmetry" in m else " " * 7)
+        line += f"  {m['vertex_mm']:5.2f} {m['lip_mm']:5.2f}" if "vertex_mm" in m else ""
+        print(line.rstrip())
+        if ends:
+            shown = (f"{name} {low:.4f} to {high:.4f}" for name, (low, high) in ends.items())
+            print("    95%: " + ", ".join(shown))
 
-    print(f"{results['images']} pictures, {results['errors']} unreadable and left out")
-    print(f"{'':22s} {'MAE':>8s} {'RMSE':>8s} {'median r':>10s} {'mean r':>8s} {'r > 0.8':>7s}")
-    row("model", results["model"])
+    print(f"{results['images']} pictures, {results['errors']} without prediction and left out")
+    print(f"{'':24s} {'MAE':>7s} {'RMSE':>7s} {'med. r':>7s} {'r>0.8':>6s} {'CCC':>6s} {'ICC':>6s} {'F1':>6s} "
+          f"{'L-R':>6s}" + ("   mm    lip mm" if "vertex_mm" in results["model"] else ""))
+    for name, values in results["models"].items():
+        row(name if len(results["models"]) > 1 else "model", values, results["all_intervals"][name])
     for name, values in results["constants"].items():
         row(name, values)
     for region, values in results["by_region"].items():
         row(f"  {region} ({values['coefficients']})", values)
-    r = {name: results["by_coefficient"][name]["pearson"] for name in ARKIT_NAMES}
+    if results["by"]:
+        ranked = sorted(results["by"].items(), key=lambda item: item[1]["rmse"])
+        for name, values in ranked if len(ranked) <= 8 else ranked[:4] + ranked[-4:]:
+            row(f"  {name} ({values['images']})", values)
+    r = {name: values["pearson"] for name, values in results["by_coefficient"].items()}
     ranked = sorted((name for name in ARKIT_NAMES if r[name] is not None), key=r.get)
-    for label, names in (("worst r", ranked[:5]), ("best r", ranked[-5:])):
+    for label, names in (("worst r", ranked[:4]), ("best r", ranked[-4:])):
         print(f"{label}: " + ", ".join(f"{name} {r[name]:.2f}" for name in names))
     if "train mean" in results["constants"]:
         ratio = results["model"]["rmse"] / results["constants"]["train mean"]["rmse"]
         print(f"RMSE is {ratio:.2f} of the training mean's (1.00: nothing was learnt from the pictures)")
     if results["description"]:
-        shares = results["description"].items()
-        print("description: " + ", ".join(f"{name} agrees in {100 * share:.0f}%" for name, share in shares))
+        d = results["description"]
+        print(f"description: category agrees in {100 * d['expression_category']:.0f}%, symmetry in "
+              f"{100 * d['symmetry']:.0f}%; words of the movements: precision {d['movement_precision']:.2f}, "
+              f"recall {d['movement_recall']:.2f}, F1 {d['movement_f1']:.2f}")
+    for name, difference in results["differences"].items():
+        for metric, (low, high) in difference.items():
+            verdict = "no clear difference" if low <= 0 <= high else "lower" if high < 0 else "higher"
+            print(f"{name}: {metric} {low:+.4f} to {high:+.4f}, {verdict}")
 
+
+def draw_plot(results: dict, predicted: np.ndarray, true: np.ndarray) -> Image.Image:
+    """One picture: error and correlation by coefficient, predicted against true, and intervals by region."""
+    chart = Image.new("RGB", (1800, 1180), "white")
+    draw = ImageDraw.Draw(chart)
+    small, large = ImageFont.load_default(15), ImageFont.load_default(24)
+    baseline = results["baseline_rmse"]
+    draw.text((30, 20), "RMSE by coefficient", INK, large)
+    draw.text((30, 50), "blue: this model, grey line: never looking", INK, small)
+    draw.text((520, 20), "Pearson r", INK, large)
+    top, step, longest = 84, 20.6, max(*baseline.values(), *(v["rmse"] for v in results["by_coefficient"].values()))
+    for row, (name, values) in enumerate(results["by_coefficient"].items()):
+        y = top + step * row
+        draw.text((185, y), name, INK, small, anchor="rm")
+        draw.rectangle([195, y - 6, 195 + 270 * values["rmse"] / longest, y + 6], BLUE)
+        x = 195 + 270 * baseline[name] / longest
+        draw.line([x, y - 9, x, y + 9], INK, 2)
+        draw.line([520, y, 720, y], GRID, 1)
+        if values["pearson"] is not None:
+            x = 520 + 200 * max(values["pearson"], 0)
+            draw.ellipse([x - 5, y - 5, x + 5, y + 5], BLUE)
+    for r in (0, 0.5, 1):
+        draw.text((520 + 200 * r, top + step * 52), f"{r:.1f}", INK, small, anchor="mm")
+
+    draw.text((790, 20), "Predicted against true, the six most active", INK, large)
+    for place, k in enumerate(np.argsort(-true.mean(axis=0))[:6]):
+        x0, y0 = 800 + 330 * (place % 3), 90 + 330 * (place // 3)
+        draw.rectangle([x0, y0, x0 + 270, y0 + 270], outline=GREY)
+        draw.line([x0, y0 + 270, x0 + 270, y0], GREY, 1)
+        draw.text((x0 + 135, y0 + 285), ARKIT_NAMES[k], INK, small, anchor="mm")
+        chosen = np.linspace(0, len(true) - 1, min(len(true), 600)).astype(int)
+        for t, p in zip(true[chosen, k], predicted[chosen, k]):
+            x, y = x0 + 270 * t, y0 + 270 * (1 - p)
+            draw.ellipse([x - 2, y - 2, x + 2, y + 2], BLUE)
+
+    draw.text((790, 770), "RMSE by region, 95% intervals", INK, large)
+    draw.text((790, 800), "blue: this model, grey: never looking", INK, small)
+    longest = max(max(values["interval"][1], values["baseline"]) for values in results["by_region"].values())
+    for row, (region, values) in enumerate(results["by_region"].items()):
+        y = 845 + 44 * row
+        draw.text((890, y), region, INK, small, anchor="rm")
+        draw.rectangle([905, y + 5, 905 + 800 * values["baseline"] / longest, y + 15], GREY)
+        draw.rectangle([905, y - 11, 905 + 800 * values["rmse"] / longest, y + 3], BLUE)
+        low, high = (905 + 800 * end / longest for end in values["interval"])
+        draw.line([low, y - 4, high, y - 4], INK, 3)
+        draw.text((max(high, 905 + 800 * values["rmse"] / longest) + 10, y - 4), f"{values['rmse']:.3f}", INK, small,
+                  anchor="lm")
+    return chart
+
+
+# ---------------------------------------------------------------------------------------------------
+# The stage itself
+# ---------------------------------------------------------------------------------------------------
 
 def main(args: argparse.Namespace) -> None:
     """Runs the stage."""
-    predictions = read_records(Path(args.predictions), allow_errors=True)
-    truth = read_records(Path(args.truth))
-    images = match(predictions, truth)
-    readable = [image for image in images if not predictions[image].get("error")]
+    *files, truth_file = args.files if len(args.files) > 1 else [*args.files, "predictions.jsonl"][:1] + [
+        "data/demo/val.jsonl"]
+    if args.plot and Path(args.plot).suffix.lower() != ".png":
+        raise SystemExit(f"--plot {args.plot}: expected a file that ends in .png")
+    rig = read_rig(Path(args.rig)) if args.rig else None
+    truth = read_records(Path(truth_file))
+    models = {file: read_records(Path(file), allow_errors=True) for file in dict.fromkeys(files)}
+    for predictions in models.values():
+        images = match(predictions, truth)
+    readable = [image for image in images if not any(model[image].get("error") for model in models.values())]
     if not readable:
-        raise SystemExit(f"{args.predictions}: all {len(images)} pictures unreadable; nothing to compare")
-    predicted_records = [predictions[image] for image in readable]
+        raise SystemExit(f"{files[0]}: none of {len(images)} pictures has a prediction; nothing to compare")
     true_records = [truth[image] for image in readable]
-    predicted, true = as_array(predicted_records), as_array(true_records)
-    train_path = Path(args.train) if args.train else Path(args.truth).with_name("train.jsonl")
-    train = None
-    if args.train or train_path.is_file():
-        train = as_array(list(read_records(train_path).values()))
+    true = as_array(true_records)
+    predicted = {file: as_array([model[image] for image in readable]) for file, model in models.items()}
+    first = predicted[files[0]]
+    train_path = Path(args.train) if args.train else Path(truth_file).with_name("train.jsonl")
+    train = as_array(list(read_records(train_path).values())) if args.train or train_path.is_file() else None
+    if args.by and args.by not in true_records[0]:
+        raise SystemExit(f"--by {args.by}: the records of {truth_file} have no such field; they have "
+                         f"{', '.join(true_records[0])}")
 
-    columns = {region: [k for k, name in enumerate(ARKIT_NAMES) if name.startswith(start)]
-               for region, start in REGIONS.items()}
+    # Images of one person are alike, so that whole persons are resampled where records name them.
+    groups, people = numbered([str(record.get("identity", image)) for image, record in zip(readable, true_records)])
+    if len(people) < 5:  # too few to resample
+        groups = np.arange(len(readable))
+    weights, groups = resampled(groups, args.seed)
+    samples = {file: bootstrap(values, true, weights, groups) for file, values in predicted.items()}
+    shown = ("mae", "rmse", "pearson_median")
     results = {
-        "predictions": args.predictions, "truth": args.truth,
-        "images": len(images), "errors": len(images) - len(readable),
-        "model": metrics(predicted, true),
+        "predictions": files, "truth": truth_file, "images": len(images), "errors": len(images) - len(readable),
+        "models": {file: metrics(values, true) for file, values in predicted.items()},
+        "all_intervals": {file: {name: interval(values[name]) for name in shown if name in values}
+                          for file, values in samples.items()},
+        "differences": {f"{file} minus {files[0]}": {name: interval(samples[file][name] - samples[files[0]][name])
+                                                     for name in shown if name in samples[file]}
+                        for file in list(models)[1:]},
         "constants": {name: metrics(constant, true) for name, constant in constants(true, train).items()},
-        "by_region": {region: {"coefficients": len(k), **metrics(predicted[:, k], true[:, k])}
-                      for region, k in columns.items()},
-        "by_coefficient": by_coefficient(predicted, true),
-        "description": agreement(predicted_records, true_records),
+        "by_coefficient": by_coefficient(first, true), "by_region": {}, "by": {},
+        "description": agreement([models[files[0]][image] for image in readable], true_records),
     }
+    if rig:
+        deltas, lips, results["rig_unit"] = rig
+        for file, values in predicted.items():
+            results["models"][file] |= vertex_errors(values, true, deltas, lips)
+        for name, constant in constants(true, train).items():
+            results["constants"][name] |= vertex_errors(constant, true, deltas, lips)
+    results["model"], results["intervals"] = results["models"][files[0]], results["all_intervals"][files[0]]
+    blind = list(constants(true, train).values())[1 if train is not None else 0]
+    results["baseline_rmse"] = {name: float(np.sqrt(((blind - true)[:, k] ** 2).mean()))
+                                for k, name in enumerate(ARKIT_NAMES)}
+    for region, start in REGIONS.items():
+        columns = [k for k, name in enumerate(ARKIT_NAMES) if name.startswith(start)]
+        part, part_true = first[:, columns], true[:, columns]
+        ends = interval(bootstrap(part, part_true, weights, groups)["rmse"])
+        results["by_region"][region] = {"coefficients": len(columns), **metrics(part, part_true), "interval": ends,
+                                        "baseline": metrics(blind[:, columns], part_true)["rmse"]}
+    if args.by:
+        places, values = numbered([str(record.get(args.by)) for record in true_records])
+        for place, value in enumerate(values):
+            chosen = places == place
+            results["by"][value] = {"images": int(chosen.sum()), **metrics(first[chosen], true[chosen])}
     print_report(results)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {args.out}")
-    if args.predictions == "predictions.jsonl":
+    if args.plot:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
+        draw_plot(results, first, true).save(args.plot)
+        print(f"wrote {args.plot}")
+    if files == ["predictions.jsonl"]:
         print("next: python annotate.py predictions.jsonl --render --out avatars   # draws the predictions")
 
 

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -171,15 +172,132 @@ def test_demo_is_reproducible_and_splits_by_identity(demo, tmp_path):
 def test_livelink_round_trip_and_dialects(demo, tmp_path):
     records = [{**record, "error": None} for record in read_jsonl(demo / "val.jsonl")]
     infer.write_livelink(tmp_path / "take.csv", records, fps=60)
-    back = annotate.read_livelink(tmp_path / "take.csv", None, Counter())
+    back = annotate.read_input(tmp_path / "take.csv", None, 1, Counter())
     expected = [pytest.approx(record["coefficients"], abs=1e-6) for record in records]
     assert [record["coefficients"] for record in back] == expected
     lines = [line.split(",") for line in (tmp_path / "take.csv").read_text().splitlines()]
     assert len(lines[0]) == 63 and lines[-1][0] == "00:00:00:19.000"
     shuffled = [line[::-1] + ["extra"] for line in lines]  # other column order, extra column, BOM and CRLF
     (tmp_path / "dialect.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(",".join, shuffled)).encode())
-    dialect = annotate.read_livelink(tmp_path / "dialect.csv", None, Counter())
+    dialect = annotate.read_input(tmp_path / "dialect.csv", None, 1, Counter())
     assert dialect == [{**record, "identity": "dialect"} for record in back]
+
+
+def test_other_forms_of_coefficients(tmp_path):
+    values = {name: round(k / 100, 2) for k, name in enumerate(NAMES)}
+    categories = [{"index": k, "score": value, "categoryName": name}
+                  for k, (name, value) in enumerate({"_neutral": 0.9, **values}.items()) if name != "tongueOut"]
+    short = {re.sub("(Left|Right)$", lambda side: "_" + side.group()[0], name): values[name] for name in NAMES}
+    short |= {name: values[name] for name in ("jawLeft", "jawRight", "mouthLeft", "mouthRight")}
+    for name in ("jaw_L", "jaw_R", "mouth_L", "mouth_R"):
+        short.pop(name)
+    csv_lines = [",".join(short), ",".join(map(str, short.values()))]
+    forms = {"one": json.dumps({"faceBlendshapes": [{"categories": categories}]}),
+             "bare": json.dumps([categories, categories]), "many": json.dumps([{"faceBlendshapes": [
+                 {"categories": categories}]}] * 3), "short": json.dumps(short), "csv": "\n".join(csv_lines),
+             "lines": "\n".join(json.dumps({"coefficients": short}) for _ in range(4))}
+    for (name, text), count in zip(forms.items(), (1, 2, 3, 1, 1, 4)):
+        (tmp_path / name).write_text(text)
+        counts = Counter()
+        records = annotate.read_input(tmp_path / name, None, 1, counts)
+        without = name in ("one", "bare", "many")
+        assert +counts == ({"records without tongueOut, set to 0": count} if without else {})
+        expected = {**values, "tongueOut": 0.0 if without else values["tongueOut"]}
+        assert [record["coefficients"] for record in records] == [expected] * count, name
+    (tmp_path / "percent").write_text(json.dumps({**values, "jawOpen": 73}))
+    with pytest.raises(SystemExit, match="divide percentages"):
+        annotate.read_input(tmp_path / "percent", None, 1, Counter())
+
+
+def test_every_nth_row_keeps_its_picture(demo, tmp_path):
+    rows = [{"coefficients": {**ZEROS, "jawOpen": k / 10}, "error": None} for k in range(7)]
+    infer.write_livelink(tmp_path / "take.csv", rows, fps=30)
+    (tmp_path / "frames").mkdir()
+    for k in range(7):
+        Image.new("RGB", (8, 8)).save(tmp_path / "frames" / f"{k:03d}.png")
+    run_main(annotate, tmp_path / "take.csv", "--frames", tmp_path / "frames", "--every", 3, "--out", tmp_path / "o")
+    records = read_jsonl(tmp_path / "o")
+    assert [record["image"] for record in records] == ["frames/000.png", "frames/003.png", "frames/006.png"]
+    assert [record["coefficients"]["jawOpen"] for record in records] == pytest.approx([0.0, 0.3, 0.6])
+
+
+def make_llm(folder: Path, steps: int) -> Path:
+    """A tiny chat model: trained for some steps to give one good answer, or babbling."""
+    answer = json.dumps(dict.fromkeys(annotate.FIELDS, "a calm face"))
+    prompts = [annotate.llm_prompt(annotate.sample_expression(np.random.default_rng(k))) for k in range(40)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(prompts + [answer], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}\nAnswer:"
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        prompt_ids = tokenizer.encode(f"{prompts[step % 40]}\nAnswer:")
+        ids = torch.tensor([prompt_ids + tokenizer.encode(answer) + [tokenizer.eos_token_id]])
+        labels = ids.clone()
+        labels[:, :len(prompt_ids)] = -100
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_frozen_llm_describes_and_rules_stand_in(demo, tmp_path, monkeypatch):
+    good, bad = make_llm(tmp_path / "good", 120), make_llm(tmp_path / "bad", 0)
+    monkeypatch.setattr(annotate, "LLM_TOKENS", 120)
+    truth = read_jsonl(demo / "val.jsonl")[:7]
+    flags = [demo / "val.jsonl", "--limit", 7, "--batch-size", 3]
+    run_main(annotate, *flags, "--llm", good, "--out", tmp_path / "good.jsonl")
+    records = read_jsonl(tmp_path / "good.jsonl")
+    assert [record["description"] for record in records] == [dict.fromkeys(annotate.FIELDS, "a calm face")] * 7
+    assert {record["annotator"] for record in records} == {str(good)}
+    assert [record["coefficients"] for record in records] == [record["coefficients"] for record in truth]
+    run_main(annotate, *flags, "--llm", bad, "--out", tmp_path / "bad.jsonl")
+    records = read_jsonl(tmp_path / "bad.jsonl")
+    assert [record["description"] for record in records] == [record["description"] for record in truth]
+    assert all(record["annotator"].startswith("rules, since") for record in records)
+
+    genuine, calls = annotate.Llm.write, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return genuine(*args, **options)
+    monkeypatch.setattr(annotate.Llm, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(annotate, *flags, "--llm", good, "--out", tmp_path / "parts.jsonl")
+    run_main(annotate, *flags, "--llm", good, "--out", tmp_path / "parts.jsonl")
+    assert len(calls) == 4 and (tmp_path / "parts.jsonl").read_text() == (tmp_path / "good.jsonl").read_text()
+    for text in ("", "{", "[]", '{"symmetry": 1}', json.dumps(dict.fromkeys(annotate.FIELDS, " "))):
+        assert annotate.read_description(text) is None
+
+
+def test_fuzzed_input_never_gives_a_traceback(demo, tmp_path):
+    rng = np.random.default_rng(0)
+    infer.write_livelink(tmp_path / "take.csv", [{"coefficients": ZEROS, "error": None}] * 2, fps=30)
+    good = [(demo / "val.jsonl").read_bytes().split(b"\n")[0], (tmp_path / "take.csv").read_bytes(),
+            json.dumps([[{"categoryName": name, "score": 0.1} for name in NAMES]]).encode()]
+    pieces = [b"null", b"[]", b"{}", b"\x00", b"\xff", b'"', b",", b"1e999", b"NaN", b"[" * 2000, b"9" * 5000,
+              b"\\ud800", b"\n", b"true", b"-1"]
+    for case in range(300):
+        data = bytearray(good[case % 3])
+        for _ in range(rng.integers(1, 4)):
+            place, length = rng.integers(0, len(data)), rng.integers(0, 12)
+            data[place:place + length] = pieces[rng.integers(len(pieces))] if rng.random() < 0.7 else rng.bytes(3)
+        (tmp_path / "fuzzed").write_bytes(data)
+        try:
+            run_main(annotate, tmp_path / "fuzzed", "--out", tmp_path / "out.jsonl")
+        except SystemExit as error:
+            assert "fuzzed" in str(error) and "expected" in str(error), error
 
 
 def test_real_takes_overshoot_and_are_clipped():
@@ -697,13 +815,83 @@ def test_metrics_against_numpy():
     true, predicted = rng.random((50, 52)), rng.random((50, 52))
     true[:, 3] = 0.0  # never varies: no correlation
     predicted[:, 4] = 0.5  # predicted constant: correlation 0
-    m, r = evaluate.metrics(predicted, true), evaluate.pearson(predicted, true)
+    m = evaluate.metrics(predicted, true)
+    r = np.array([values["pearson"] for values in evaluate.by_coefficient(predicted, true).values()], dtype=float)
     expected = [np.corrcoef(predicted[:, k], true[:, k])[0, 1] for k in range(52) if k not in (3, 4)]
     assert np.isnan(r[3]) and r[4] == 0.0 and m["constant"] == 1
     assert np.delete(r, [3, 4]) == pytest.approx(expected, abs=1e-9)
     assert m["mae"] == pytest.approx(np.mean(np.abs(predicted - true)), abs=1e-12)
     assert m["rmse"] == pytest.approx(np.mean((predicted - true) ** 2) ** 0.5, abs=1e-12)
     assert m["pearson_median"] == pytest.approx(np.median(expected + [0.0]), abs=1e-9)
+    seen, active = predicted >= 0.15, true >= 0.15
+    precision, recall = (seen & active).sum() / seen.sum(), (seen & active).sum() / active.sum()
+    assert m["f1"] == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-12)
+    left = [k for k, name in enumerate(NAMES) if name.endswith("Left") and name[:-4] not in ("jaw", "mouth")]
+    right = [NAMES.index(NAMES[k].replace("Left", "Right")) for k in left]
+    tilts = [values[:, left] - values[:, right] for values in (predicted, true)]
+    assert len(left) == 18 and m["asymmetry"] == pytest.approx(np.abs(tilts[0] - tilts[1]).mean(), abs=1e-12)
+
+
+def test_agreement_coefficients_on_worked_examples():
+    # Lin's CCC and ICC(3,1) from the two-way table of variance, by hand: two raters, n = 4.
+    x, y = np.array([0.1, 0.2, 0.3, 0.6]), np.array([0.2, 0.2, 0.4, 0.4])
+    grand, rows = np.mean([x, y]), (x + y) / 2
+    between = 2 * ((rows - grand) ** 2).sum() / 3  # MSB
+    columns = 4 * sum((rater.mean() - grand) ** 2 for rater in (x, y))
+    total = ((x - grand) ** 2).sum() + ((y - grand) ** 2).sum()
+    error = (total - 3 * between - columns) / 3  # MSE
+    each = evaluate.by_coefficient(np.tile(x[:, None], 52), np.tile(y[:, None], 52))["jawOpen"]
+    assert each["icc"] == pytest.approx((between - error) / (between + error), abs=1e-9)
+    assert each["icc"] == pytest.approx(2 / 3, abs=1e-9)  # cov 0.015, variances 0.035 and 0.01
+    assert each["ccc"] == pytest.approx(2 * 0.015 / (0.035 + 0.01), abs=1e-9)  # the means are equal
+    each = evaluate.by_coefficient(np.tile(x[:, None] + 0.1, 52), np.tile(y[:, None], 52))["jawOpen"]
+    assert each["ccc"] == pytest.approx(0.03 / (0.045 + 0.01), abs=1e-9)
+    # Shrout & Fleiss (1979), Table 2, judges 1 and 2, in tenths.
+    one, two = np.array([9, 6, 8, 7, 10, 6]) / 10, np.array([2, 1, 4, 1, 5, 2]) / 10
+    each = evaluate.by_coefficient(np.tile(one[:, None], 52), np.tile(two[:, None], 52))["jawOpen"]
+    covariance = np.cov(one, two)
+    assert each["icc"] == pytest.approx(2 * covariance[0, 1] / (covariance[0, 0] + covariance[1, 1]), abs=1e-9)
+
+
+def test_intervals_cover_the_truth_and_resample_people():
+    rng = np.random.default_rng(0)
+    covered, widths = 0, {}
+    for trial in range(40):
+        error = rng.normal(0, 0.1, (60, 1)).repeat(5, axis=0)  # five images of a person err alike
+        true = rng.random((300, 52))
+        groups = {"people": np.arange(300) // 5, "images": np.arange(300)}
+        for name, group in groups.items():
+            weights, group = evaluate.resampled(group, trial)
+            low, high = evaluate.interval(evaluate.bootstrap(true + error, true, weights, group)["rmse"])
+            widths.setdefault(name, []).append(high - low)
+            covered += name == "people" and low <= 0.1 <= high
+    assert covered >= 34 and np.mean(widths["people"]) > 1.5 * np.mean(widths["images"])
+    sums = evaluate.bootstrap(true + error, true, np.ones((1, 60)), groups["people"])
+    assert sums["rmse"][0] == pytest.approx(evaluate.metrics(true + error, true)["rmse"], abs=1e-12)
+
+
+def test_models_are_compared_in_pairs_by_field_and_on_a_rig(demo, tmp_path, capsys):
+    records = read_jsonl(demo / "val.jsonl")
+    rng = np.random.default_rng(0)
+    for name, noise in (("good", 0.02), ("bad", 0.2)):
+        noisy = [{**record, "error": None, "image": os.path.relpath(demo / record["image"], tmp_path),
+                  "coefficients": {key: float(np.clip(value + noise * rng.normal(), 0, 1))
+                                   for key, value in record["coefficients"].items()}} for record in records]
+        write_jsonl(tmp_path / f"{name}.jsonl", noisy)
+    (tmp_path / "rig").mkdir()
+    for k, name in enumerate(["Neutral", *NAMES[:-1]]):  # a line of points in cm; shape k lifts point k by 1 cm
+        points = [(0.0, -12.0 + j / 2, 1.0 * (j == k - 1)) for j in range(52)]
+        short = re.sub("Left$", "_L", name) if name not in ("jawLeft", "mouthLeft") else name
+        (tmp_path / "rig" / f"{short}.obj").write_text("".join(f"v {x} {y} {z}\n" for x, y, z in points))
+    run_main(evaluate, tmp_path / "good.jsonl", tmp_path / "bad.jsonl", demo / "val.jsonl", "--by", "identity",
+             "--rig", tmp_path / "rig", "--plot", tmp_path / "m.png", "--out", tmp_path / "m.json")
+    results = json.loads((tmp_path / "m.json").read_text())
+    low, high = results["differences"][f"{tmp_path}/bad.jsonl minus {tmp_path}/good.jsonl"]["rmse"]
+    assert 0.05 < low < high < 0.25 and "higher" in capsys.readouterr().out
+    assert sum(values["images"] for values in results["by"].values()) == len(records)
+    assert results["rig_unit"] == "cm" and Image.open(tmp_path / "m.png").size == (1800, 1180)
+    expected = 10 * results["model"]["mae"]  # every coefficient but tongueOut moves one of 52 points by 10 mm
+    assert results["model"]["vertex_mm"] == pytest.approx(expected, rel=0.05)
 
 
 def test_evaluate_compares_with_constants_and_refuses_mismatches(demo, tmp_path, capsys):
@@ -715,11 +903,11 @@ def test_evaluate_compares_with_constants_and_refuses_mismatches(demo, tmp_path,
     run_main(evaluate, path, demo / "val.jsonl", "--out", tmp_path / "m.json")
     results = json.loads((tmp_path / "m.json").read_text())
     assert results["model"]["rmse"] == 0 and results["errors"] == 1
-    assert results["description"] == {"expression_category": 1.0, "symmetry": 1.0}
+    assert set(results["description"].values()) == {1.0} and len(results["description"]) == 5
     true = evaluate.as_array(records[1:])
     mean = evaluate.as_array(read_jsonl(demo / "train.jsonl")).mean(axis=0)
     assert results["constants"]["train mean"]["rmse"] == pytest.approx(np.sqrt(((true - mean) ** 2).mean()))
-    assert "1 unreadable" in capsys.readouterr().out
+    assert "1 without prediction" in capsys.readouterr().out
     cases = ((perfect[1:], "1 pictures have no prediction"), (perfect + perfect[:1], "second record"),
              (perfect + [{**perfect[1], "image": "x.png"}], "1 predictions have no truth"))
     for change, message in cases:
@@ -758,7 +946,7 @@ def test_bad_records_are_named(line, message, tmp_path):
 
 
 @pytest.mark.parametrize("module, flags, message", [
-    (annotate, ["missing.jsonl"], "missing.jsonl is no file"), (annotate, ["README.md"], "ends in '.md'"),
+    (annotate, ["missing.jsonl"], "missing.jsonl is no file"), (annotate, ["README.md"], "README.md, line 1"),
     (annotate, ["--demo", 5], "--demo 5"), (annotate, ["--frames", "nowhere"], "--frames nowhere"),
     (annotate, ["--limit", 0], "--limit 0"), (distill, ["--lr", 0], "--lr 0"),
     (distill, ["--data", "missing.jsonl", "--out", "new"], "missing.jsonl does not exist"),
