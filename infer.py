@@ -64,7 +64,7 @@ MAX_TEXT_TOKENS = 400  # of one description field
 MAX_NEW_TOKENS = 2048  # of an answer with --decode generate
 FOREIGN_PIXELS = 1024 * 32 * 32  # of a picture for a checkpoint trained elsewhere: 1024 image tokens
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"}
-WINDOW = 32  # undecided tokens of the numbers that one pass feeds
+WINDOW = 52  # undecided tokens of the numbers that one pass feeds
 READERS = 4  # threads that open pictures ahead of the model
 COLORS = {"subject's left": (0, 114, 178), "subject's right": (230, 159, 0), "unpaired": (120, 120, 120)}
 INK, GRID = (40, 40, 40), (225, 225, 225)
@@ -211,7 +211,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
     size = {"shortest_edge": pixels or FOREIGN_PIXELS // 16, "longest_edge": pixels or FOREIGN_PIXELS}
     return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, system=system,
                            prompt=prompt, image_processor=image_processor, size=size,
-                           supervision=run["supervision"], device=torch.device(device))
+                           supervision=run["supervision"], device=torch.device(device), blocks={})
 
 
 @torch.no_grad()
@@ -322,20 +322,24 @@ class Answers:
 
     def __init__(self, network, inputs: dict):
         self.network, self.mask = network, inputs["attention_mask"]
+        self.padded = not bool(self.mask.all())
         self.cache = DynamicCache()
         self.cache.layers = [RoomyLayer() for _ in range(network.config.text_config.num_hidden_layers)]
         network(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.offset = network.model.rope_deltas  # (B, 1): an image takes fewer positions than tokens
 
-    def feed(self, ids: torch.Tensor, active: torch.Tensor, places: torch.Tensor | int = 1) -> torch.Tensor:
+    def feed(self, ids: torch.Tensor, active: torch.Tensor | None = None,
+             places: torch.Tensor | int = 1) -> torch.Tensor:
         """Appends tokens (B, n), as masked padding where an answer is not `active` (B,).
 
         Returns the logits (B, ., V) behind the tokens at `places`, or behind the last ones.
         """
-        added = active[:, None].expand(-1, ids.shape[1]).to(self.mask.dtype)  # (B, n)
+        added = torch.ones_like(ids) if active is None else active[:, None].expand_as(ids).to(ids.dtype)
+        self.padded = self.padded or active is not None
         self.mask = torch.cat([self.mask, added], dim=1)  # (B, T + n)
         positions = (self.mask.cumsum(dim=1) - 1)[:, -ids.shape[1]:] + self.offset  # (B, n)
-        output = self.network(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache,
+        mask = self.mask if self.padded else None  # without one, attention is faster
+        output = self.network(input_ids=ids, attention_mask=mask, past_key_values=self.cache,
                               position_ids=positions.expand(3, -1, -1), use_cache=True, logits_to_keep=places)
         return output.logits.float()
 
@@ -350,11 +354,12 @@ def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int, pad_
     """Greedy decoding behind the skeleton, until the token that closes the text. Returns token ids."""
     active = torch.ones(len(answers.mask), dtype=torch.bool, device=answers.mask.device)
     ids = torch.tensor(skeleton_ids, device=active.device).expand(len(active), -1)
-    written = []
+    written, everyone = [], True
     for _ in range(MAX_TEXT_TOKENS):
-        chosen = answers.feed(ids, active)[:, -1].argmax(dim=-1)  # (B,)
+        chosen = answers.feed(ids, None if everyone else active)[:, -1].argmax(dim=-1)  # (B,)
         active = active & (chosen != closing_id)
-        if not active.any():
+        everyone, someone = bool(active.all()), bool(active.any())
+        if not someone:
             break
         written.append(torch.where(active, chosen, -1))
         ids = torch.where(active, chosen, pad_id)[:, None]
@@ -362,7 +367,7 @@ def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int, pad_
     return [[token for token in row if token >= 0] for row in rows]
 
 
-def number_block(encode, pieces: list[tuple]) -> tuple[list, list, list]:
+def number_block(encode, supervision: str) -> tuple[list, list, list]:
     """The token ids of all names and values "0.0", and what is undecided among them.
 
     Returns ids, the columns of undecided tokens and their options: one token with eleven in the tiny model;
@@ -371,7 +376,9 @@ def number_block(encode, pieces: list[tuple]) -> tuple[list, list, list]:
     values = [encode(value) for value in VALUES]
     assert len({len(value_ids) for value_ids in values}) == 1, f"values differ in length: {values}"
     ids, columns, options = [], [], []
-    for text, _ in pieces:
+    for text, slot in answer_skeleton(supervision):
+        if slot not in ARKIT_NAMES:
+            continue
         ids += encode(text)
         for place in range(len(values[0])):
             choices = list(dict.fromkeys(value_ids[place] for value_ids in values))
@@ -395,7 +402,6 @@ def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.
     option_ids = torch.tensor([row + row[:1] * (most - len(row)) for row in options], device=device)  # (S, O)
     is_option = torch.tensor([[place < len(row) for place in range(most)] for row in options], device=device)
     tokens = torch.tensor(ids, device=device).repeat(count, 1)  # (B, T)
-    everyone = torch.ones(count, dtype=torch.bool, device=device)
     scores = torch.zeros(count, len(columns), most, device=device)
     choice = torch.zeros(count, len(columns), dtype=torch.long, device=device)
     fed, done = 0, 0  # tokens in the cache, decided tokens
@@ -403,7 +409,7 @@ def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.
         window = slice(done, done + WINDOW)
         places = torch.tensor(columns[window], device=device)  # (n,)
         stop = columns[window][-1]
-        logits = answers.feed(tokens[:, fed:stop], everyone, places - 1 - fed)  # (B, n, V)
+        logits = answers.feed(tokens[:, fed:stop], places=places - 1 - fed)  # (B, n, V)
         found = logits.gather(2, option_ids[window].expand(count, -1, -1))  # (B, n, O)
         scores[:, window] = found.masked_fill(~is_option[window], -torch.inf)
         guess = choice.clone()
@@ -436,8 +442,9 @@ def decode_forced(model: SimpleNamespace, inputs: dict, supervision: str) -> tup
             written = decode_text(answers, encode(text), encode(following)[0], model.tokenizer.pad_token_id)
             for description, text_ids in zip(descriptions, written):
                 description[slot] = unescape(model.tokenizer.decode(text_ids))
-    numbers = [piece for piece in pieces if piece[1] in ARKIT_NAMES]
-    scores, choice = decode_numbers(answers, number_block(encode, numbers))
+    if supervision not in model.blocks:
+        model.blocks[supervision] = number_block(encode, supervision)
+    scores, choice = decode_numbers(answers, model.blocks[supervision])
     if scores.shape[1] == len(ARKIT_NAMES):
         return scores.softmax(dim=-1), choice, descriptions
     # Digits are split: "0" or "1", then the tenths, of which "1." allows only "0".
