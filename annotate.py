@@ -147,15 +147,14 @@ def check_coefficients(coefficients, where: str, counts: Counter) -> dict:
     if missing == ["tongueOut"]:  # MediaPipe and BEAT cannot see it
         coefficients, missing = {**coefficients, "tongueOut": 0.0}, []
         counts["records without tongueOut, set to 0"] += 1
-    unknown = [name for name in names if name not in ARKIT_NAMES][:5]
+    unknown = [str(name)[:40] for name in names if name not in ARKIT_NAMES][:5]
     if missing or unknown:
         raise SystemExit(f"{where}: missing {missing[:5]}, unknown {unknown}; expected the 52 ARKit names")
     checked = {}
     for name in ARKIT_NAMES:
         value = coefficients[name]
         if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # also refuses True and NaN
-            value = repr(value)[:40]
-            raise SystemExit(f"{where}: {name} is {value}, expected 0 to 1 (divide percentages by 100)")
+            raise SystemExit(f"{where}: {name} is {value!r:.40}, expected 0 to 1 (divide percentages by 100)")
         checked[name] = min(max(0.0, value), 1.0)
         counts["clipped values"] += checked[name] != value
     return checked
@@ -183,19 +182,25 @@ def read_input(path: Path, pictures: list[str] | None, every: int, counts: Count
                          "picture for each row, in sorted order")
     folder = str(path.parent.absolute())
     records = []
-    for index, (where, row) in enumerate(rows):
-        if index % every:
-            continue
+    for index, (where, row) in enumerate(rows[::every]):
         if pictures is not None:
-            row["image"] = pictures[index]
+            row["image"] = pictures[index * every]
         elif row.get("image"):
             row["image"] = os.path.join(folder, row["image"])
-        values = row["coefficients"]
-        plain = type(values) is dict and list(values) == ARKIT_NAMES and set(map(type, values.values())) == {float}
-        if not plain or not 0 <= min(values.values()) <= max(values.values()) <= 1 or math.isnan(sum(values.values())):
-            row["coefficients"] = check_coefficients(values, where, counts)
+        if not is_plain(row["coefficients"]):
+            row["coefficients"] = check_coefficients(row["coefficients"], where, counts)
         records.append(row)
     return records
+
+
+def is_plain(coefficients) -> bool:
+    """Whether these are the 52 in order, as floats from 0 to 1: quickly told, and nothing is left to check."""
+    if type(coefficients) is not dict or list(coefficients) != ARKIT_NAMES:
+        return False
+    values = coefficients.values()
+    if set(map(type, values)) != {float} or math.isnan(sum(values)):
+        return False
+    return 0 <= min(values) and max(values) <= 1
 
 
 def rows_of_jsonl(path: Path, text: str, counts: Counter) -> list[tuple]:
@@ -225,9 +230,9 @@ def rows_of_json(path: Path, value, where: str) -> list[tuple]:
     if isinstance(value, dict) and "coefficients" in value:
         record = {key: value[key] for key in ("image", "identity", "coefficients", "error") if key in value}
         if not isinstance(record.get("image"), str | None):
-            raise SystemExit(f"{where}: image is {value['image']!r}, expected a path relative to the file")
+            raise SystemExit(f"{where}: image is {value['image']!r:.60}, expected a path relative to the file")
         if not isinstance(record.get("identity"), str | int | None):
-            raise SystemExit(f"{where}: identity is {value['identity']!r}, expected a name")
+            raise SystemExit(f"{where}: identity is {value['identity']!r:.60}, expected a name")
         if isinstance(value["coefficients"], dict) and "jawOpen" not in value["coefficients"]:
             record["coefficients"] = {canonical(name): v for name, v in value["coefficients"].items()}
         return [(where, record)]
@@ -268,11 +273,16 @@ def rows_of_csv(path: Path, text: str) -> list[tuple]:
                 try:
                     coefficients[name] = float(word)
                 except (TypeError, ValueError):
-                    raise SystemExit(f"{where}: {name} is {word!r}, expected a number from 0 to 1")
+                    raise SystemExit(f"{where}: {name} is {word!r:.40}, expected a number from 0 to 1")
         rows.append((where, {"image": None, "identity": path.stem, "coefficients": coefficients}))
     if not rows:
         raise SystemExit(f"{path}: a header without rows; expected {FORMS}")
     return rows
+
+
+def as_array(records: list[dict]) -> np.ndarray:
+    """The coefficients of records (N, C)."""
+    return np.array([list(record["coefficients"].values()) for record in records])
 
 
 def relative_image(image: str | None, folder: str) -> str | None:
@@ -294,7 +304,7 @@ def write_records(path: Path, records: list[dict]) -> None:
         bar = tqdm(total=len(records), desc=f"describing {path.name}", unit=" faces", disable=None)
         for start in range(0, len(records), 2000):
             part = records[start:start + 2000]
-            descriptions = describe_all(np.array([list(record["coefficients"].values()) for record in part]))
+            descriptions = describe_all(as_array(part))
             for record, description in zip(part, descriptions):
                 image = relative_image(record.get("image"), folder)
                 line = {**record, "image": image, "description": description, "annotator": "rules"}
@@ -365,8 +375,8 @@ def classify(values: np.ndarray) -> list[tuple[str, str]]:
 def phrase_table(noun: str, verb: str, paired: bool) -> list:
     """What to say of an action at bands 0 (inactive) to 3, or of a pair: phrases[left][right]."""
     adverbs = [None] + [adverb for _, adverb in BANDS]
-    if not paired:
-        return [[adverb and f"{noun} {adverb} {verb}"] for adverb in adverbs]
+    if not paired:  # both columns are the same one
+        return [[adverb and f"{noun} {adverb} {verb}"] * len(adverbs) for adverb in adverbs]
     table = []
     for left in adverbs:
         row = [", ".join(f"{side} {noun} {adverb} {verb}"
@@ -408,8 +418,7 @@ def describe_all(values: np.ndarray) -> list[dict]:
     for k, row in enumerate(bands.tolist()):
         sentences = []
         for region, actions, _ in TABLES:
-            phrases = [table[row[left]][row[right] if len(table[0]) > 1 else 0] for left, right, table in actions
-                       if row[left] or row[right]]
+            phrases = [table[row[left]][row[right]] for left, right, table in actions if row[left] or row[right]]
             if phrases:
                 sentences.append(f"{region}: {', '.join(phrases)}.")
         stronger = [f"{'left' if tilt[k] > 0 else 'right'} {region}" for region, tilt in tilts
@@ -786,11 +795,12 @@ def main(args: argparse.Namespace) -> None:
     people = {record["identity"] for record in records if "identity" in record}
     oddities = "".join(f", {count} {what}" for what, count in counts.items() if count)
     print(f"{len(records)} records, {len(people)} identities{oddities}")
-    categories = Counter(describe(record["coefficients"])["expression_category"] for record in records[:5000])
-    shares = [f"{name} {100 * count / categories.total():.0f}%" for name, count in categories.most_common(6)]
+    values = as_array(records)
+    categories = Counter(category for category, _ in classify(values))
+    shares = [f"{name} {100 * count / len(records):.0f}%" for name, count in categories.most_common(6)]
     print(f"expressions: {', '.join(shares)}")
-    active = {name: sum(record["coefficients"][name] >= ACTIVE for record in records) for name in ARKIT_NAMES}
-    shares = [f"{name} {100 * count / len(records):.0f}%" for name, count in Counter(active).most_common()]
+    active = dict(zip(ARKIT_NAMES, (values >= ACTIVE).mean(axis=0).tolist()))
+    shares = [f"{name} {100 * share:.0f}%" for name, share in Counter(active).most_common()]
     print(f"most active: {', '.join(shares[:4])}; least: {', '.join(shares[-4:])}")
     print(f"wrote {out}")
     if all(record.get("image") for record in records):

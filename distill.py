@@ -87,7 +87,7 @@ WARMUP_STEPS = 30
 VAL_RECORDS = 128  # for the validation loss, which only watches over the run: evaluate.py measures
 VAL_SHARE = 0.05  # of the records, held out where no validation file is given
 WORKERS = 2  # processes that prepare pictures and tokens
-LOSS_TOKENS = 1024  # logits that exist at a time: with 151,936 entries each, all of them would fill a GPU
+LOSS_LOGITS = 2**27  # logits that exist at a time, 0.5 GB: at 151,936 a token, all of them would fill a GPU
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
               "4090": 165e12, "3090": 71e12}  # dense bfloat16 per second, of the makers' data sheets
 
@@ -119,6 +119,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lora-rank", type=int, help=f"of the trained low-rank updates; 0 trains all {by_model('lora_rank')}")
     add("--lora-alpha", type=float, default=32.0, help="the updates weigh alpha / rank (default %(default)s)")
     add("--lora-dropout", type=float, default=0.05, help="on the updates' input (default %(default)s)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="with LoRA, keep little for the backward pass: less memory, a third slower (default %(default)s)")
     add("--grounding", action=argparse.BooleanOptionalAction,
         help=f"hide words, phase the description in: teaches to look {by_model('grounding')}")
     add("--max-pixels", type=int, help=f"pixels that an image is scaled to {by_model('max_pixels')}")
@@ -454,6 +456,8 @@ def add_lora(model: nn.Module, args: argparse.Namespace) -> None:
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear):
                 setattr(parent, name, LoraLinear(module, args.lora_rank, args.lora_alpha, args.lora_dropout))
+    if not args.checkpointing:
+        return
     # Only what enters a layer is kept for the backward pass. The other, re-entrant form of checkpointing
     # would find no input that requires a gradient and train nothing.
     renamed = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.18
@@ -504,9 +508,13 @@ def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Ten
     def cross_entropy(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.lm_head(hidden).float(), labels, reduction="none")
 
-    # Logits exist at supervised positions only, a part at a time; the backward pass makes them again.
-    parts = zip(hidden.split(LOSS_TOKENS), labels.split(LOSS_TOKENS))
-    losses = torch.cat([checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts])
+    # Logits exist at supervised positions only; if many, a part at a time, made again in the backward pass.
+    if labels.numel() * model.config.text_config.vocab_size <= LOSS_LOGITS:
+        losses = cross_entropy(hidden, labels)
+    else:
+        count = max(1, LOSS_LOGITS // model.config.text_config.vocab_size)
+        parts = zip(hidden.split(count), labels.split(count))
+        losses = torch.cat([checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts])
     return losses, batch["weights"][:, 1:][supervised], seen[0]
 
 
