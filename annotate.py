@@ -233,7 +233,7 @@ def rows_of_json(path: Path, value, where: str) -> list[tuple]:
             raise SystemExit(f"{where}: image is {value['image']!r:.60}, expected a path relative to the file")
         if not isinstance(record.get("identity"), str | int | None):
             raise SystemExit(f"{where}: identity is {value['identity']!r:.60}, expected a name")
-        if isinstance(value["coefficients"], dict) and "jawOpen" not in value["coefficients"]:
+        if isinstance(value["coefficients"], dict) and list(value["coefficients"]) != ARKIT_NAMES:
             record["coefficients"] = {canonical(name): v for name, v in value["coefficients"].items()}
         return [(where, record)]
     if isinstance(value, dict) and "faceBlendshapes" in value:

@@ -774,7 +774,7 @@ def test_chart_shows_strength_and_side():
 
 
 def test_two_processes_write_what_one_writes(trained, demo, tmp_path):
-    flags = [demo / "val.jsonl", "--model", trained, "--limit", 7, "--batch-size", 2]
+    flags = [demo / "train.jsonl", "--model", trained, "--limit", 7, "--batch-size", 2]
     run_main(infer, *flags, "--out", tmp_path / "one.jsonl")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, ROOT / "infer.py", *map(str, flags), "--out", tmp_path / "two.jsonl"], check=True)
@@ -786,7 +786,7 @@ def test_two_processes_write_what_one_writes(trained, demo, tmp_path):
 
 
 def test_interrupted_inference_goes_on(trained, demo, tmp_path, monkeypatch):
-    flags = [demo / "val.jsonl", "--model", trained, "--limit", 6, "--batch-size", 2]
+    flags = [demo / "train.jsonl", "--model", trained, "--limit", 6, "--batch-size", 2]
     run_main(infer, *flags, "--out", tmp_path / "whole.jsonl")
     genuine, calls = infer.answer, []
 
