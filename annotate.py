@@ -46,8 +46,8 @@ ARKIT_NAMES = [
 ]
 
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
-FORMS = ("label records (.jsonl), a Live Link Face take (.csv with its header), or MediaPipe blendshapes (.json), "
-         "with the ARKit names")
+FORMS = ("label records (.jsonl), a Live Link Face take (.csv with its header) or MediaPipe blendshapes "
+         "(.json), with the ARKit names")
 LLM_PROMPT = """You are an expert in facial anatomy. ARKit blendshape coefficients (0 to 1) of a face: {}.
 Left and right are the subject's. Describe the face in one JSON object with four strings and nothing else:
 {{"expression_category": "...", "muscle_movements": "by region, with side and intensity", \
@@ -122,7 +122,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", help="file, or folder for --render and the demo (default beside INPUT, data/demo)")
     add("--render", action=argparse.BooleanOptionalAction, default=False, help="draw every record's face")
     add("--llm", help="let this chat model (hub id or folder) write the descriptions instead of the rules")
-    add("--batch-size", type=int, default=16, help="records that --llm describes together (default %(default)s)")
+    add("--batch-size", type=int, default=16, help="records at a time for --llm (default %(default)s)")
     add("--device", default="auto", help="for --llm: cpu, cuda, or auto (default %(default)s)")
     add("--limit", type=int, help="use the first LIMIT records only")
     add("--seed", type=int, default=0, help="of the demo; another draws other people (default %(default)s)")
@@ -134,7 +134,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------
 
 def canonical(name) -> str:
-    """The ARKit name for a spelling: EyeBlinkLeft (Live Link), eyeBlink_L (ARFaceAnchor dumps), eyeBlinkLeft."""
+    """The ARKit name for EyeBlinkLeft (Live Link), eyeBlink_L (ARFaceAnchor dumps) or eyeBlinkLeft."""
     name = str(name).strip()
     name = name[:1].lower() + name[1:]
     return {"_L": name[:-2] + "Left", "_R": name[:-2] + "Right"}.get(name[-2:], name)
@@ -194,7 +194,7 @@ def read_input(path: Path, pictures: list[str] | None, every: int, counts: Count
 
 
 def is_plain(coefficients) -> bool:
-    """Whether these are the 52 in order, as floats from 0 to 1: quickly told, and nothing is left to check."""
+    """Whether these are the 52 in order, as floats from 0 to 1; then nothing is left to check."""
     if type(coefficients) is not dict or list(coefficients) != ARKIT_NAMES:
         return False
     values = coefficients.values()
@@ -230,7 +230,8 @@ def rows_of_json(path: Path, value, where: str) -> list[tuple]:
     if isinstance(value, dict) and "coefficients" in value:
         record = {key: value[key] for key in ("image", "identity", "coefficients", "error") if key in value}
         if not isinstance(record.get("image"), str | None):
-            raise SystemExit(f"{where}: image is {value['image']!r:.60}, expected a path relative to the file")
+            given = f"image is {value['image']!r:.60}"
+            raise SystemExit(f"{where}: {given}, expected a path relative to the file")
         if not isinstance(record.get("identity"), str | int | None):
             raise SystemExit(f"{where}: identity is {value['identity']!r:.60}, expected a name")
         if isinstance(value["coefficients"], dict) and list(value["coefficients"]) != ARKIT_NAMES:
@@ -418,7 +419,8 @@ def describe_all(values: np.ndarray) -> list[dict]:
     for k, row in enumerate(bands.tolist()):
         sentences = []
         for region, actions, _ in TABLES:
-            phrases = [table[row[left]][row[right]] for left, right, table in actions if row[left] or row[right]]
+            phrases = [table[row[left]][row[right]] for left, right, table in actions
+                       if row[left] or row[right]]
             if phrases:
                 sentences.append(f"{region}: {', '.join(phrases)}.")
         stronger = [f"{'left' if tilt[k] > 0 else 'right'} {region}" for region, tilt in tilts
@@ -523,8 +525,9 @@ def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace)
                         found[k] = read_description(text)
             for record, description in zip(batch, found):
                 annotator = args.llm if description else f"rules, since {args.llm} gave no valid answer"
-                line = {**record, "image": relative_image(record.get("image"), folder),
-                        "description": description or describe(record["coefficients"]), "annotator": annotator}
+                image = relative_image(record.get("image"), folder)
+                description = description or describe(record["coefficients"])
+                line = {**record, "image": image, "description": description, "annotator": annotator}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 counts[annotator] += 1
             file.flush()

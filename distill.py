@@ -71,7 +71,8 @@ SKELETON, TEXT, NUMBER = 0, 1, 2  # kinds of tokens
 
 # DIFFERS FROM PAPER: braces, names and quotes weigh less than what the picture decides.
 SKELETON_WEIGHT = 0.2
-# DIFFERS FROM PAPER: how --grounding teaches a small model to look (see hide_words, doubt_words, choose_supervision).
+# DIFFERS FROM PAPER: how --grounding teaches a small model to look (see hide_words, doubt_words and
+# choose_supervision).
 HIDDEN = {TEXT: (0.3, 0.1), NUMBER: (1.0, 0.1)}  # share of tokens hidden at the first and at the last step
 GUESSED = {TEXT: 0.5, NUMBER: 0.5}  # share of answers with guessed words, share of guessed numbers
 NUMERIC_SHARE = 0.8  # of the steps, until which answers without description are mixed in
@@ -116,11 +117,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="images per forward pass and GPU (default %(default)s)")
     add("--grad-accum", type=int, default=1, help="forward passes per optimizer step (default %(default)s)")
     add("--lr", type=float, help=f"peak learning rate {by_model('lr')}")
-    add("--lora-rank", type=int, help=f"of the trained low-rank updates; 0 trains all {by_model('lora_rank')}")
+    add("--lora-rank", type=int, help=f"of the low-rank updates; 0: all weights {by_model('lora_rank')}")
     add("--lora-alpha", type=float, default=32.0, help="the updates weigh alpha / rank (default %(default)s)")
     add("--lora-dropout", type=float, default=0.05, help="on the updates' input (default %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
-        help="with LoRA, keep little for the backward pass: less memory, a third slower (default %(default)s)")
+        help="with LoRA, keep little for the backward pass: less memory, slower (default %(default)s)")
     add("--grounding", action=argparse.BooleanOptionalAction,
         help=f"hide words, phase the description in: teaches to look {by_model('grounding')}")
     add("--max-pixels", type=int, help=f"pixels that an image is scaled to {by_model('max_pixels')}")
@@ -316,7 +317,7 @@ def step_keys(records: list[dict], args: argparse.Namespace, step: int) -> list[
     lots = random.Random(f"{args.seed} {step}")
     keys = [(index, "numeric" if in_tower else choose_supervision(args, place, lots)) for index in indices]
     if len(keys) > size:
-        keys.sort(key=lambda key: (key[1], sum(map(len, (records[key[0]].get("description") or {}).values()))))
+        keys.sort(key=lambda key: (key[1], len(str(records[key[0]].get("description")))))
     batches = [keys[first:first + size] for first in range(0, total, size)]
     return batches[args.rank::args.world_size]
 
@@ -348,7 +349,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer for `texts` with Qwen-VL's special tokens: any text encodes, in few tokens.
 
     One token each: frequent words, phrases with the punctuation mark before them (superwords, arXiv
-    2503.13423), the pieces of the answer's skeleton and the eleven values. Answers this short make training on a CPU possible.
+    2503.13423), the pieces of the answer's skeleton and the eleven values. Answers this short make training
+    on a CPU possible.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
@@ -445,7 +447,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (B, T, out)
-        low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)  # (B, T, r)
+        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
+        low = F.linear(x, self.lora_A)  # (B, T, r)
         return y + self.scale * F.linear(low, self.lora_B).to(y.dtype)
 
 
@@ -640,8 +643,8 @@ def step_flops(model: nn.Module, batches: list[dict], args: argparse.Namespace) 
     layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
     tower = sum(p.numel() for p in model.model.visual.parameters())
     width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    attention = 4 * width * text.num_hidden_layers * sum(batch["input_ids"].shape[1] ** 2 * len(batch["labels"])
-                                                         for batch in batches) / 2  # causal: half
+    squares = sum(batch["input_ids"].shape[1] * batch["input_ids"].numel() for batch in batches)
+    attention = 4 * width * text.num_hidden_layers * squares / 2  # causal: half
     language = 2 * layers * tokens + 2 * text.vocab_size * text.hidden_size * supervised
     passes = 2 if args.lora_rank else 3
     return passes * language + 3 * attention + (3 if args.tower_steps else 1) * 2 * tower * patches
@@ -810,7 +813,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a number of at least 1")
     if min(args.tower_steps, args.lora_rank) < 0 or not args.lr > 0 or not 0 <= args.lora_dropout < 1:
         raise SystemExit(f"--tower-steps {args.tower_steps}, --lora-rank {args.lora_rank}, --lr {args.lr}, "
-                         f"--lora-dropout {args.lora_dropout}: expected 0 or more, 0 or more, above 0, 0 to 1")
+                         f"--lora-dropout {args.lora_dropout}: expected at least 0, 0, above 0, and 0 to 1")
     if args.lora_rank and (args.model == "tiny" or args.tower_steps):
         raise SystemExit(f"--lora-rank {args.lora_rank} adapts a pretrained model; expected 0 with --model "
                          "tiny and with --tower-steps")
@@ -840,6 +843,8 @@ def prepare_data(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     data = Path(args.data)
     if args.rank == 0:
         draw_demo(data)
+    if dist.is_initialized():
+        dist.barrier()
     val = Path(args.val) if args.val else data.with_name("val.jsonl")
     records = read_records(data, args.supervision, args.limit)
     if args.val or val.is_file() and val != data:
@@ -847,7 +852,8 @@ def prepare_data(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     else:
         records, val_records = hold_out(records, args.seed)
     if args.epochs:
-        args.steps = math.ceil(args.epochs * len(records) / args.batch_size / args.grad_accum / args.world_size)
+        batch = args.batch_size * args.grad_accum * args.world_size
+        args.steps = math.ceil(args.epochs * len(records) / batch)
     return records, val_records[:VAL_RECORDS]
 
 
@@ -902,10 +908,11 @@ def main(args: argparse.Namespace) -> None:
         cut_log(out / "log.jsonl", step)
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.device}, {args.dtype}")
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        print(f"{versions}, {args.device}, {args.dtype}")
         print(f"{args.model}: {total:,} parameters, {trained:,} trained, {args.world_size} processes")
         print(f"{len(records)} records, {len(val_records)} for validation, {args.supervision} answers")
-        print(f"{args.tower_steps} steps of the tower, then {args.steps} of distillation, from step {step} on")
+        print(f"{args.tower_steps} steps of the tower, {args.steps} of distillation, from step {step} on")
     seconds = estimate_seconds(model, head, dataset, args, step)
     if args.rank == 0:
         print(f"estimated time on this machine: {seconds / 60:.1f} minutes", flush=True)
@@ -923,7 +930,8 @@ def main(args: argparse.Namespace) -> None:
     if args.rank:
         return
     if (out / "best.pt").is_file():
-        model.load_state_dict(torch.load(out / "best.pt", map_location="cpu", weights_only=True), strict=False)
+        weights = torch.load(out / "best.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(weights, strict=False)
         print(f"kept the weights of the lowest validation loss, {best:.4f}")
     run = {**settings, "prompt": PROMPT, "torch": torch.__version__, "transformers": transformers.__version__}
     save_checkpoint(out, model.eval(), tokenizer, image_processor, run)
@@ -940,7 +948,7 @@ if __name__ == "__main__":
     try:
         main(arguments)
     except torch.OutOfMemoryError:
-        sys.exit(f"out of GPU memory; lower --batch-size {arguments.batch_size} (and raise --grad-accum), or "
-                 f"lower --max-pixels {arguments.max_pixels}; the last save is kept, --resume needs equal flags")
+        sys.exit(f"out of GPU memory; lower --batch-size {arguments.batch_size} (and raise --grad-accum) or "
+                 f"--max-pixels {arguments.max_pixels}, and choose a new --out")
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step; nothing is lost, run the same command again")

@@ -61,8 +61,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="prediction records of infer.py, one file or several to compare, "
-        "then the truth: label or annotated records (default: predictions.jsonl data/demo/val.jsonl)")
+    add("files", nargs="*", metavar="FILE", help="prediction records of infer.py, one file or several to "
+        "compare, then the truth (default: predictions.jsonl data/demo/val.jsonl)")
     add("--train",
         help="records for the mean and median predictors (default: train.jsonl beside TRUTH, if any)")
     add("--by", help="also by the values of this field of the truth, such as identity")
@@ -200,7 +200,8 @@ def metrics(predicted: np.ndarray, true: np.ndarray) -> dict:
 
     mae, rmse: mean absolute and root mean squared error over all images and coefficients.
     pearson_*, ccc, icc: of each coefficient, then median, mean, ... over those whose truth varies; "constant"
-    counts the others. f1: of "active" (0.15 or more) over all. asymmetry: mean absolute error of left - right.
+    counts the others. f1: of "active" (0.15 or more) over all. asymmetry: mean absolute error of left minus
+    right over the pairs.
     """
     sums = group_sums(predicted, true, np.zeros(len(true), dtype=int))[0]
     return as_numbers(summary(sums))
@@ -215,7 +216,9 @@ def as_numbers(values: dict) -> dict:
 def by_coefficient(predicted: np.ndarray, true: np.ndarray) -> dict[str, dict]:
     """mae, rmse, pearson, ccc and icc (None where the truth never varies) of each coefficient."""
     each = per_coefficient(group_sums(predicted, true, np.zeros(len(true), dtype=int))[0])
-    return {name: {metric: None if np.isnan(values[k]) else float(values[k]) for metric, values in each.items()}
+    plain = {metric: [None if np.isnan(value) else float(value) for value in values]
+             for metric, values in each.items()}
+    return {name: {metric: values[k] for metric, values in plain.items()}
             for k, name in enumerate(ARKIT_NAMES)}
 
 
@@ -227,7 +230,7 @@ def numbered(values: list) -> tuple[np.ndarray, list]:
 
 
 def resampled(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each of G groups occurs in R bootstrap samples (R, G); groups (N,) may be merged for speed."""
+    """How often each of G groups occurs in R bootstrap samples (R, G); many groups (N,) are merged."""
     rng = np.random.default_rng(seed)
     if groups.max() >= MAX_GROUPS:
         groups = (rng.permutation(groups.max() + 1) % MAX_GROUPS)[groups]
@@ -256,6 +259,14 @@ def constants(truth: np.ndarray, train: np.ndarray | None) -> dict[str, np.ndarr
     return predictors
 
 
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two arrays (N,), ties at their mean rank."""
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[inverse]
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
 def words(record: dict) -> Counter:
     """The words of a description's movements, with their number."""
     return Counter(re.findall(r"\w+", str(record["description"].get("muscle_movements")).lower()))
@@ -268,15 +279,17 @@ def agreement(predictions: list[dict], truth: list[dict]) -> dict[str, float]:
              if isinstance(p.get("description"), dict) and isinstance(t.get("description"), dict)]
     if not pairs:
         return {}
-    result = {field: sum(p["description"].get(field) == t["description"].get(field) for p, t in pairs) / len(pairs)
-              for field in FIELDS}
+    result = {}
+    for field in FIELDS:
+        same = sum(p["description"].get(field) == t["description"].get(field) for p, t in pairs)
+        result[field] = same / len(pairs)
     written, right, common = 0, 0, 0
     for p, t in pairs:
         p_words, t_words = words(p), words(t)
         written, right = written + p_words.total(), right + t_words.total()
         common += (p_words & t_words).total()
-    return {**result, "movement_precision": common / max(written, 1), "movement_recall": common / max(right, 1),
-            "movement_f1": 2 * common / max(written + right, 1)}
+    return {**result, "movement_precision": common / max(written, 1),
+            "movement_recall": common / max(right, 1), "movement_f1": 2 * common / max(written + right, 1)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -289,7 +302,7 @@ def read_obj(path: Path) -> np.ndarray:
     try:
         return np.array([line.split()[1:4] for line in lines if line.startswith("v ")], dtype=float)
     except ValueError:
-        raise SystemExit(f"--rig: {path} has a vertex that is not three numbers; expected lines such as v 1.0 0.5 2")
+        raise SystemExit(f"--rig: {path} has a vertex that is not three numbers; expected as v 1.0 0.5 2")
 
 
 def read_rig(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
@@ -298,7 +311,7 @@ def read_rig(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     files = {re.sub("_L$", "Left", re.sub("_R$", "Right", name)): path for name, path in files.items()}
     missing = [name for name in ["neutral", *ARKIT_NAMES] if name not in files and name != "tongueOut"]
     if missing:
-        raise SystemExit(f"--rig {folder} lacks {missing[:4]}; expected Neutral.obj and one .obj for each ARKit name")
+        raise SystemExit(f"--rig {folder} lacks {missing[:4]}; expected Neutral.obj and one .obj a shape")
     neutral = read_obj(files["neutral"])
     shapes = [read_obj(files[name]) if name in files else neutral for name in ARKIT_NAMES]
     odd = [name for name, shape in zip(ARKIT_NAMES, shapes) if shape.shape != neutral.shape]
@@ -336,8 +349,9 @@ def print_report(results: dict) -> None:
     """Prints the table that `results` holds."""
     def row(label: str, m: dict, ends: dict | None = None) -> None:
         line = f"{label:24.24s} {m['mae']:7.4f} {m['rmse']:7.4f}"
-        line += f" {m['pearson_median']:7.3f} {m['pearson_above_0.8']:6d}" if "pearson_median" in m else " " * 15
-        line += f" {m['ccc']:6.3f} {m['icc']:6.3f}" if "ccc" in m else " " * 14
+        r = f" {m['pearson_median']:7.3f} {m['pearson_above_0.8']:6d}" if "pearson_median" in m else " " * 15
+        line += r
+        line += "".join(f" {round(m[name], 3) + 0.0:6.3f}" if name in m else " " * 7 for name in ("ccc", "icc"))
         line += f" {m['f1']:6.3f}" + (f" {m['asymmetry']:6.4f}" if "asymmetry" in m else " " * 7)
         line += f"  {m['vertex_mm']:5.2f} {m['lip_mm']:5.2f}" if "vertex_mm" in m else ""
         print(line.rstrip())
@@ -346,8 +360,8 @@ def print_report(results: dict) -> None:
             print("    95%: " + ", ".join(shown))
 
     print(f"{results['images']} pictures, {results['errors']} without prediction and left out")
-    print(f"{'':24s} {'MAE':>7s} {'RMSE':>7s} {'med. r':>7s} {'r>0.8':>6s} {'CCC':>6s} {'ICC':>6s} {'F1':>6s} "
-          f"{'L-R':>6s}" + ("   mm    lip mm" if "vertex_mm" in results["model"] else ""))
+    header = f"{'':24s}     MAE    RMSE  med. r  r>0.8    CCC    ICC     F1    L-R"
+    print(header + ("     mm   lip" if "vertex_mm" in results["model"] else ""))
     for name, values in results["models"].items():
         row(name if len(results["models"]) > 1 else "model", values, results["all_intervals"][name])
     for name, values in results["constants"].items():
@@ -370,6 +384,8 @@ def print_report(results: dict) -> None:
         print(f"description: category agrees in {100 * d['expression_category']:.0f}%, symmetry in "
               f"{100 * d['symmetry']:.0f}%; words of the movements: precision {d['movement_precision']:.2f}, "
               f"recall {d['movement_recall']:.2f}, F1 {d['movement_f1']:.2f}")
+    if "std_spearman" in results:
+        print(f"standard deviations rank the errors with Spearman's correlation {results['std_spearman']:.2f}")
     for name, difference in results["differences"].items():
         for metric, (low, high) in difference.items():
             verdict = "no clear difference" if low <= 0 <= high else "lower" if high < 0 else "higher"
@@ -385,8 +401,9 @@ def draw_plot(results: dict, predicted: np.ndarray, true: np.ndarray) -> Image.I
     draw.text((30, 20), "RMSE by coefficient", INK, large)
     draw.text((30, 50), "blue: this model, grey line: never looking", INK, small)
     draw.text((520, 20), "Pearson r", INK, large)
-    top, step, longest = 84, 20.6, max(*baseline.values(), *(v["rmse"] for v in results["by_coefficient"].values()))
-    for row, (name, values) in enumerate(results["by_coefficient"].items()):
+    each = results["by_coefficient"]
+    top, step, longest = 84, 20.6, max(*baseline.values(), *(values["rmse"] for values in each.values()))
+    for row, (name, values) in enumerate(each.items()):
         y = top + step * row
         draw.text((185, y), name, INK, small, anchor="rm")
         draw.rectangle([195, y - 6, 195 + 270 * values["rmse"] / longest, y + 6], BLUE)
@@ -420,8 +437,7 @@ def draw_plot(results: dict, predicted: np.ndarray, true: np.ndarray) -> Image.I
         draw.rectangle([905, y - 11, 905 + 800 * values["rmse"] / longest, y + 3], BLUE)
         low, high = (905 + 800 * end / longest for end in values["interval"])
         draw.line([low, y - 4, high, y - 4], INK, 3)
-        draw.text((max(high, 905 + 800 * values["rmse"] / longest) + 10, y - 4), f"{values['rmse']:.3f}", INK, small,
-                  anchor="lm")
+        draw.text((high + 10, y - 4), f"{values['rmse']:.3f}", INK, small, anchor="lm")
     return chart
 
 
@@ -431,13 +447,13 @@ def draw_plot(results: dict, predicted: np.ndarray, true: np.ndarray) -> Image.I
 
 def main(args: argparse.Namespace) -> None:
     """Runs the stage."""
-    *files, truth_file = args.files if len(args.files) > 1 else [*args.files, "predictions.jsonl"][:1] + [
-        "data/demo/val.jsonl"]
+    defaults = ["predictions.jsonl", "data/demo/val.jsonl"]
+    *files, truth_file = args.files + defaults[len(args.files):]
     if args.plot and Path(args.plot).suffix.lower() != ".png":
         raise SystemExit(f"--plot {args.plot}: expected a file that ends in .png")
     rig = read_rig(Path(args.rig)) if args.rig else None
-    truth = read_records(Path(truth_file))
     models = {file: read_records(Path(file), allow_errors=True) for file in dict.fromkeys(files)}
+    truth = read_records(Path(truth_file))
     for predictions in models.values():
         images = match(predictions, truth)
     readable = [image for image in images if not any(model[image].get("error") for model in models.values())]
@@ -454,24 +470,31 @@ def main(args: argparse.Namespace) -> None:
                          f"{', '.join(true_records[0])}")
 
     # Images of one person are alike, so that whole persons are resampled where records name them.
-    groups, people = numbered([str(record.get("identity", image)) for image, record in zip(readable, true_records)])
+    names = [str(truth[image].get("identity", image)) for image in readable]
+    groups, people = numbered(names)
     if len(people) < 5:  # too few to resample
         groups = np.arange(len(readable))
     weights, groups = resampled(groups, args.seed)
     samples = {file: bootstrap(values, true, weights, groups) for file, values in predicted.items()}
-    shown = ("mae", "rmse", "pearson_median")
+    shown = [name for name in ("mae", "rmse", "pearson_median") if name in samples[files[0]]]
     results = {
-        "predictions": files, "truth": truth_file, "images": len(images), "errors": len(images) - len(readable),
+        "predictions": files, "truth": truth_file,
+        "images": len(images), "errors": len(images) - len(readable),
         "models": {file: metrics(values, true) for file, values in predicted.items()},
-        "all_intervals": {file: {name: interval(values[name]) for name in shown if name in values}
+        "all_intervals": {file: {name: interval(values[name]) for name in shown}
                           for file, values in samples.items()},
-        "differences": {f"{file} minus {files[0]}": {name: interval(samples[file][name] - samples[files[0]][name])
-                                                     for name in shown if name in samples[file]}
+        "differences": {f"{file} minus {files[0]}":
+                        {name: interval(samples[file][name] - samples[files[0]][name]) for name in shown}
                         for file in list(models)[1:]},
         "constants": {name: metrics(constant, true) for name, constant in constants(true, train).items()},
         "by_coefficient": by_coefficient(first, true), "by_region": {}, "by": {},
         "description": agreement([models[files[0]][image] for image in readable], true_records),
     }
+    stds = [models[files[0]][image].get("std") for image in readable]
+    if all(isinstance(std, dict) and set(std) == set(ARKIT_NAMES) for std in stds):
+        spread = np.array([[std[name] for name in ARKIT_NAMES] for std in stds], dtype=float)
+        if spread.std() > 0:
+            results["std_spearman"] = spearman(spread.ravel(), np.abs(first - true).ravel())
     if rig:
         deltas, lips, results["rig_unit"] = rig
         for file, values in predicted.items():
@@ -486,8 +509,9 @@ def main(args: argparse.Namespace) -> None:
         columns = [k for k, name in enumerate(ARKIT_NAMES) if name.startswith(start)]
         part, part_true = first[:, columns], true[:, columns]
         ends = interval(bootstrap(part, part_true, weights, groups)["rmse"])
-        results["by_region"][region] = {"coefficients": len(columns), **metrics(part, part_true), "interval": ends,
-                                        "baseline": metrics(blind[:, columns], part_true)["rmse"]}
+        baseline = metrics(blind[:, columns], part_true)["rmse"]
+        results["by_region"][region] = {"coefficients": len(columns), **metrics(part, part_true),
+                                        "interval": ends, "baseline": baseline}
     if args.by:
         places, values = numbered([str(record.get(args.by)) for record in true_records])
         for place, value in enumerate(values):

@@ -63,7 +63,7 @@ ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "Lef
 MAX_TEXT_TOKENS = 400  # of one description field
 MAX_NEW_TOKENS = 2048  # of an answer with --decode generate
 FOREIGN_PIXELS = 1024 * 32 * 32  # of a picture for a checkpoint trained elsewhere: 1024 image tokens
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
 WINDOW = 52  # undecided tokens of the numbers that one pass feeds
 READERS = 4  # threads that open pictures ahead of the model
 COLORS = {"subject's left": (0, 114, 178), "subject's right": (230, 159, 0), "unpaired": (120, 120, 120)}
@@ -232,9 +232,9 @@ def merge_adapter(network, config: dict, updates: dict) -> None:
     for key_b, key_a in pairs.items():
         name = key_b.removeprefix("base_model.model.").split(".lora_")[0]
         low, high = updates[key_a].float(), updates[key_b].float()  # (r, in), (out, r)
-        patterns = config.get("alpha_pattern") or {}
-        alpha = next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?{pattern}", name)),
-                     config["lora_alpha"])
+        alpha = config["lora_alpha"]
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            alpha = value if re.fullmatch(rf"(.*\.)?{pattern}", name) else alpha
         scale = alpha / (math.sqrt(len(low)) if config.get("use_rslora") else len(low))
         weight = weights[f"{name}.weight"]
         weight.copy_((weight.float() + scale * high @ low).to(weight.dtype))
@@ -448,7 +448,8 @@ def decode_forced(model: SimpleNamespace, inputs: dict, supervision: str) -> tup
     if scores.shape[1] == len(ARKIT_NAMES):
         return scores.softmax(dim=-1), choice, descriptions
     # Digits are split: "0" or "1", then the tenths, of which "1." allows only "0".
-    whole, tenths = scores[:, 0::2, :2].softmax(dim=-1), scores[:, 1::2].softmax(dim=-1)  # (B, C, 2), (B, C, 10)
+    whole = scores[:, 0::2, :2].softmax(dim=-1)  # (B, C, 2)
+    tenths = scores[:, 1::2].softmax(dim=-1)  # (B, C, 10)
     is_one = choice[:, 0::2] == 1  # (B, C)
     # What was given to "0." where "1." is the choice counts as its neighbour 0.9.
     tenths = torch.where(is_one[:, :, None], torch.eye(10, device=tenths.device)[9], tenths)
@@ -661,7 +662,8 @@ def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
         middle = top + step * (row + 0.5)
         draw.text((left - 12, middle), title, INK, small, anchor="rm")
         for place, name in enumerate(names):
-            side = "unpaired" if len(names) == 1 else "subject's left" if name.endswith("Left") else "subject's right"
+            side = "subject's left" if name.endswith("Left") else "subject's right"
+            side = side if len(names) == 2 else "unpaired"
             y = middle + (place - (len(names) - 1) / 2) * 16
             value, spread = record["coefficients"][name], (record["std"] or {}).get(name, 0.0)
             x, low, high = (left + (right - left) * min(max(end, 0.0), 1.0)

@@ -853,6 +853,13 @@ def test_agreement_coefficients_on_worked_examples():
     assert each["icc"] == pytest.approx(2 * covariance[0, 1] / (covariance[0, 0] + covariance[1, 1]), abs=1e-9)
 
 
+def test_rank_correlation():
+    assert evaluate.spearman(np.array([1, 2, 3, 4.0]), np.array([1, 8, 27, 64.0])) == pytest.approx(1.0)
+    # Ranks 1, 2.5, 2.5, 4 and 4, 3, 2, 1: covariance -4.5, variances 4.5 and 5 (each times 3).
+    tied = evaluate.spearman(np.array([1, 2, 2, 5.0]), np.array([9, 7, 5, 3.0]))
+    assert tied == pytest.approx(-4.5 / (4.5 * 5) ** 0.5)
+
+
 def test_intervals_cover_the_truth_and_resample_people():
     rng = np.random.default_rng(0)
     covered, widths = 0, {}
