@@ -18,6 +18,9 @@ Shapes: N images, C = 52 coefficients, G groups of images, R resamplings, V vert
 """
 import argparse
 import json
+import math
+import operator
+import os
 import re
 import sys
 from collections import Counter
@@ -86,12 +89,12 @@ def read_records(path: Path, allow_errors: bool = False) -> dict[str, dict]:
         state = "is empty" if path.is_file() else "does not exist"
         fix = "python infer.py writes predictions, python annotate.py the demo's truth"
         raise SystemExit(f"{path} {state}; expected records, one JSON object a line ({fix})")
-    records = {}
+    records, folder = {}, str(path.parent.resolve())
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-            image = str((path.parent / record["image"]).absolute().resolve())
+            image = os.path.normpath(os.path.join(folder, record["image"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             fix = "expected one JSON object a line; if cut off, repeat the command that wrote the file"
             raise SystemExit(f"{where}: no record with an \"image\" ({error}); {fix}")
@@ -106,6 +109,10 @@ def read_records(path: Path, allow_errors: bool = False) -> dict[str, dict]:
 def check_coefficients(coefficients, where: str) -> None:
     """Raises SystemExit unless `coefficients` holds exactly the 52 names, each a number from 0 to 1."""
     is_dict = isinstance(coefficients, dict)
+    if is_dict and list(coefficients) == ARKIT_NAMES and set(map(type, coefficients.values())) == {float}:
+        values = coefficients.values()
+        if 0 <= min(values) and max(values) <= 1 and not math.isnan(sum(values)):
+            return  # the common case, quickly told
     if not is_dict or set(coefficients) != set(ARKIT_NAMES):
         given = sorted(set(coefficients) ^ set(ARKIT_NAMES))[:5] if is_dict else coefficients
         raise SystemExit(f"{where}: missing or unknown coefficients {given}; expected the 52 ARKit names")
@@ -127,8 +134,8 @@ def match(predictions: dict, truth: dict) -> list[str]:
 
 def as_array(records: list[dict]) -> np.ndarray:
     """Coefficients of records as an array (N, C)."""
-    rows = [[record["coefficients"][name] for name in ARKIT_NAMES] for record in records]
-    return np.array(rows, dtype=np.float64)
+    pick = operator.itemgetter(*ARKIT_NAMES)
+    return np.array([pick(record["coefficients"]) for record in records], dtype=np.float64)
 
 
 # ---------------------------------------------------------------------------------------------------
