@@ -358,7 +358,8 @@ def print_report(results: dict) -> None:
         line = f"{label:24.24s} {m['mae']:7.4f} {m['rmse']:7.4f}"
         r = f" {m['pearson_median']:7.3f} {m['pearson_above_0.8']:6d}" if "pearson_median" in m else " " * 15
         line += r
-        line += "".join(f" {round(m[name], 3) + 0.0:6.3f}" if name in m else " " * 7 for name in ("ccc", "icc"))
+        for name in ("ccc", "icc"):
+            line += f" {round(m[name], 3) + 0.0:6.3f}" if name in m else " " * 7
         line += f" {m['f1']:6.3f}" + (f" {m['asymmetry']:6.4f}" if "asymmetry" in m else " " * 7)
         line += f"  {m['vertex_mm']:5.2f} {m['lip_mm']:5.2f}" if "vertex_mm" in m else ""
         print(line.rstrip())
@@ -392,7 +393,8 @@ def print_report(results: dict) -> None:
               f"{100 * d['symmetry']:.0f}%; words of the movements: precision {d['movement_precision']:.2f}, "
               f"recall {d['movement_recall']:.2f}, F1 {d['movement_f1']:.2f}")
     if "std_spearman" in results:
-        print(f"standard deviations rank the errors with Spearman's correlation {results['std_spearman']:.2f}")
+        rank = results["std_spearman"]
+        print(f"standard deviations rank the errors with Spearman's correlation {rank:.2f}")
     for name, difference in results["differences"].items():
         for metric, (low, high) in difference.items():
             verdict = "no clear difference" if low <= 0 <= high else "lower" if high < 0 else "higher"

@@ -691,6 +691,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.fps < 1 or (args.limit is not None and args.limit < 1):
         given = f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}"
         raise SystemExit(f"{given}: expected whole numbers of at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {args.device}: torch sees no GPU; expected one, or use --device cpu")
     if args.decode == "generate" and (args.numeric or args.estimate != "mean"):
         raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
     if Path(args.out).absolute() in [Path(name).absolute() for name in args.inputs]:

@@ -957,6 +957,7 @@ def test_bad_records_are_named(line, message, tmp_path):
     (annotate, ["--demo", 5], "--demo 5"), (annotate, ["--frames", "nowhere"], "--frames nowhere"),
     (annotate, ["--limit", 0], "--limit 0"), (distill, ["--lr", 0], "--lr 0"),
     (distill, ["--data", "missing.jsonl", "--out", "new"], "missing.jsonl does not exist"),
+    (distill, ["--device", "cuda"], "no GPU"), (infer, ["--device", "cuda"], "no GPU"),
     (distill, ["--batch-size", 0], "--batch-size 0"), (distill, ["--out", "."], "holds other files"),
     (distill, ["--resume", "--out", "nowhere"], "--resume"), (infer, [".ci"], "holds no pictures"),
     (infer, ["missing.png"], "missing.png does not exist"), (infer, ["--batch-size", 0], "--batch-size 0"),
@@ -965,6 +966,7 @@ def test_bad_records_are_named(line, message, tmp_path):
 ])
 def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if module is distill and "--data" not in flags:
         flags = ["--out", demo / "unused", *flags, "--data", demo / "train.jsonl", "--steps", 1]
     with pytest.raises(SystemExit) as error:
