@@ -221,12 +221,10 @@ def rows_of_jsonl(path: Path, text: str, counts: Counter) -> list[tuple]:
 
 def rows_of_json(path: Path, value, where: str) -> list[tuple]:
     """(where, record) of a JSON value: a record, MediaPipe's result for one or many images, or just names."""
+    where = where or f"{path}, line 1"
     if isinstance(value, list) and not is_categories(value):
-        where = where or f"{path}, line 1"
         parts = [rows_of_json(path, part, f"{where}, entry {k}") for k, part in enumerate(value, 1)]
         return [row for part in parts for row in part]
-    where = where or f"{path}, line 1"
-    record = {}
     if isinstance(value, dict) and "coefficients" in value:
         record = {key: value[key] for key in ("image", "identity", "coefficients", "error") if key in value}
         if not isinstance(record.get("image"), str | None):
@@ -296,6 +294,13 @@ def relative_image(image: str | None, folder: str) -> str | None:
     return path.replace(os.sep, "/")
 
 
+def record_line(record: dict, folder: str, description: dict, annotator: str) -> str:
+    """The line of an annotated record, its image relative to `folder`."""
+    image = relative_image(record.get("image"), folder)
+    line = {**record, "image": image, "description": description, "annotator": annotator}
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
 def write_records(path: Path, records: list[dict]) -> None:
     """Describes the records by rules and writes them, whole or not at all."""
     folder = str(path.parent.absolute())
@@ -307,9 +312,7 @@ def write_records(path: Path, records: list[dict]) -> None:
             part = records[start:start + 2000]
             descriptions = describe_all(as_array(part))
             for record, description in zip(part, descriptions):
-                image = relative_image(record.get("image"), folder)
-                line = {**record, "image": image, "description": description, "annotator": "rules"}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(record_line(record, folder, description, "rules"))
             bar.update(len(part))
         bar.close()
     partial.replace(path)
@@ -513,7 +516,7 @@ def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace)
     partial.write_text("".join(kept), "utf-8")
     llm = Llm(args.llm, args.device)
     bar = tqdm(total=len(records), initial=len(kept), desc="describing", unit=" faces", disable=None)
-    with partial.open("a", encoding="utf-8") as file:
+    with partial.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for start in range(len(kept), len(records), args.batch_size):
             batch = records[start:start + args.batch_size]
             found = [None] * len(batch)
@@ -525,10 +528,8 @@ def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace)
                         found[k] = read_description(text)
             for record, description in zip(batch, found):
                 annotator = args.llm if description else f"rules, since {args.llm} gave no valid answer"
-                image = relative_image(record.get("image"), folder)
                 description = description or describe(record["coefficients"])
-                line = {**record, "image": image, "description": description, "annotator": annotator}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(record_line(record, folder, description, annotator))
                 counts[annotator] += 1
             file.flush()
             bar.update(len(batch))

@@ -495,15 +495,19 @@ class RegressionHead(nn.Module):
 # Training
 # ---------------------------------------------------------------------------------------------------
 
+def hidden_states(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The language model's last hidden states (B, T, D)."""
+    names = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    # No attention mask: padding stands on the right, where a causal model does not look.
+    return model.model(**{name: batch[name] for name in names}, use_cache=False).last_hidden_state
+
+
 def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy (nats) and weight of each supervised token, (N,) each, and the image tokens (., D)."""
     seen = []
     tower = model.model.visual
     hook = tower.register_forward_hook(lambda module, args, output: seen.append(output.pooler_output))
-    names = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-    inputs = {name: batch[name] for name in names}
-    # No attention mask: padding stands on the right, where a causal model does not look.
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+    hidden = hidden_states(model, batch)  # (B, T, D)
     hook.remove()
     supervised = batch["labels"][:, 1:] != IGNORE_INDEX  # (B, T-1): position t predicts token t + 1
     hidden, labels = hidden[:, :-1][supervised], batch["labels"][:, 1:][supervised]  # (N, D), (N,)
@@ -546,8 +550,7 @@ def doubt_words(model: nn.Module, batch: dict, pad_id: int, seed: int) -> dict:
     trained; a share of the numbers is guessed in the same way. Hidden tokens stay hidden.
     """
     device = batch["input_ids"].device
-    names = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-    hidden = model.model(**{name: batch[name] for name in names}, use_cache=False).last_hidden_state
+    hidden = hidden_states(model, batch)  # (B, T, D)
     kinds, inputs = batch["kinds"][:, 1:], batch["input_ids"][:, 1:]  # (B, T-1)
     undecided = kinds != SKELETON
     logits = model.lm_head(hidden[:, :-1][undecided]).float()  # (N, V)
@@ -680,10 +683,9 @@ def train(model: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, d
         bar.update()
         samples += sum(len(batch["labels"]) for batch in batches)
         tokens += sum(int((batch["input_ids"] != pad_id).sum()) for batch in batches)
-        flops += step_flops(model, batches, args)
+        flops += step_flops(model, batches, args) if peak else 0.0
         stopping = torch.tensor(float(len(interrupts)), device=args.device)
-        if args.world_size > 1:
-            sum_over_processes([stopping])
+        sum_over_processes([stopping])
         pausing = step % args.save_every == 0 or step in (args.tower_steps, last)
         if step % 100 == 0 or pausing:
             mean = torch.tensor(sum(losses) / len(losses), device=args.device)

@@ -106,13 +106,21 @@ def read_records(path: Path, allow_errors: bool = False) -> dict[str, dict]:
     return records
 
 
+def is_plain(coefficients) -> bool:
+    """Whether these are the 52 in order, as floats from 0 to 1; then nothing is left to check."""
+    if type(coefficients) is not dict or list(coefficients) != ARKIT_NAMES:
+        return False
+    values = coefficients.values()
+    if set(map(type, values)) != {float} or math.isnan(sum(values)):
+        return False
+    return 0 <= min(values) and max(values) <= 1
+
+
 def check_coefficients(coefficients, where: str) -> None:
     """Raises SystemExit unless `coefficients` holds exactly the 52 names, each a number from 0 to 1."""
+    if is_plain(coefficients):
+        return
     is_dict = isinstance(coefficients, dict)
-    if is_dict and list(coefficients) == ARKIT_NAMES and set(map(type, coefficients.values())) == {float}:
-        values = coefficients.values()
-        if 0 <= min(values) and max(values) <= 1 and not math.isnan(sum(values)):
-            return  # the common case, quickly told
     if not is_dict or set(coefficients) != set(ARKIT_NAMES):
         given = sorted(set(coefficients) ^ set(ARKIT_NAMES))[:5] if is_dict else coefficients
         raise SystemExit(f"{where}: missing or unknown coefficients {given}; expected the 52 ARKit names")
@@ -474,6 +482,7 @@ def main(args: argparse.Namespace) -> None:
     first = predicted[files[0]]
     train_path = Path(args.train) if args.train else Path(truth_file).with_name("train.jsonl")
     train = as_array(list(read_records(train_path).values())) if args.train or train_path.is_file() else None
+    unseeing = constants(true, train)
     if args.by and args.by not in true_records[0]:
         raise SystemExit(f"--by {args.by}: the records of {truth_file} have no such field; they have "
                          f"{', '.join(true_records[0])}")
@@ -495,7 +504,7 @@ def main(args: argparse.Namespace) -> None:
         "differences": {f"{file} minus {files[0]}":
                         {name: interval(samples[file][name] - samples[files[0]][name]) for name in shown}
                         for file in list(models)[1:]},
-        "constants": {name: metrics(constant, true) for name, constant in constants(true, train).items()},
+        "constants": {name: metrics(constant, true) for name, constant in unseeing.items()},
         "by_coefficient": by_coefficient(first, true), "by_region": {}, "by": {},
         "description": agreement([models[files[0]][image] for image in readable], true_records),
     }
@@ -508,10 +517,10 @@ def main(args: argparse.Namespace) -> None:
         deltas, lips, results["rig_unit"] = rig
         for file, values in predicted.items():
             results["models"][file] |= vertex_errors(values, true, deltas, lips)
-        for name, constant in constants(true, train).items():
+        for name, constant in unseeing.items():
             results["constants"][name] |= vertex_errors(constant, true, deltas, lips)
     results["model"], results["intervals"] = results["models"][files[0]], results["all_intervals"][files[0]]
-    blind = list(constants(true, train).values())[1 if train is not None else 0]
+    blind = unseeing["zeros" if train is None else "train mean"]
     results["baseline_rmse"] = {name: float(np.sqrt(((blind - true)[:, k] ** 2).mean()))
                                 for k, name in enumerate(ARKIT_NAMES)}
     for region, start in REGIONS.items():

@@ -189,6 +189,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
         if (folder / "state.pt").is_file():
             fix = f"finish the run with: python distill.py --out {folder} --resume"
         raise SystemExit(f"--model {folder} holds no finished checkpoint (config.json and run.json); {fix}")
+    system, prompt = read_prompt(Path(prompt_file)) if prompt_file else ("", None)
     try:
         if finished:
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -205,12 +206,11 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
         raise SystemExit(f"--model {model_dir} cannot be read ({why}); copy it again or repeat distill.py")
     if adapter:
         merge_adapter(network, adapter, updates)
-    system, prompt = read_prompt(Path(prompt_file)) if prompt_file else ("", run["prompt"])
     # A checkpoint of distill.py gets pictures scaled as in its training, any other within its own bounds.
     pixels = run["max_pixels"]
     size = {"shortest_edge": pixels or FOREIGN_PIXELS // 16, "longest_edge": pixels or FOREIGN_PIXELS}
     return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, system=system,
-                           prompt=prompt, image_processor=image_processor, size=size,
+                           prompt=prompt or run["prompt"], image_processor=image_processor, size=size,
                            supervision=run["supervision"], device=torch.device(device), blocks={})
 
 
@@ -737,7 +737,8 @@ def main(args: argparse.Namespace) -> None:
         torch.distributed.barrier()
         if rank:
             return
-        done = {record["image"]: record for path in parts for record in map(json.loads, path.open())}
+        done = {record["image"]: record for path in parts
+                for record in map(json.loads, path.open(encoding="utf-8"))}
     records = [done[name] for name in names]
     partial = out.with_name(out.name + ".partial")
     partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")

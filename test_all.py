@@ -78,6 +78,7 @@ def test_shared_blocks_are_identical():
     assert len({re.search(r"# The 52 names.*?\n\]", source, re.S).group() for source in sources}) == 1
     for name in ("open_image", "prompt_text", "answer_skeleton"):
         assert inspect.getsource(getattr(distill, name)) == inspect.getsource(getattr(infer, name))
+    assert inspect.getsource(annotate.is_plain) == inspect.getsource(evaluate.is_plain)
     assert (distill.FIELDS, distill.VALUES) == (infer.FIELDS, infer.VALUES)
 
 
