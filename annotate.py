@@ -212,10 +212,11 @@ def rows_of_jsonl(path: Path, text: str, counts: Counter) -> list[tuple]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SystemExit(f"{where}: not JSON ({error}); expected one object a line, delete a torn one")
-        rows += rows_of_json(path, record, where)
-        if rows[-1][1].pop("error", None):
-            counts["failed predictions left out"] += 1
-            rows.pop()
+        for place, row in rows_of_json(path, record, where):
+            if row.pop("error", None):
+                counts["failed predictions left out"] += 1
+            else:
+                rows.append((place, row))
     return rows
 
 

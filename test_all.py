@@ -210,6 +210,14 @@ def test_other_forms_of_coefficients(tmp_path):
         annotate.read_input(tmp_path / "percent", None, 1, Counter())
 
 
+def test_empty_and_failed_entries_of_json_lines(tmp_path):
+    good, failed = {"coefficients": ZEROS}, {"coefficients": None, "error": "unreadable"}
+    path = write_jsonl(tmp_path / "mixed.jsonl", [[], good, [failed, good, failed]])
+    counts = Counter()
+    assert [record["coefficients"] for record in annotate.read_input(path, None, 1, counts)] == [ZEROS, ZEROS]
+    assert counts["failed predictions left out"] == 2
+
+
 def test_every_nth_row_keeps_its_picture(demo, tmp_path):
     rows = [{"coefficients": {**ZEROS, "jawOpen": k / 10}, "error": None} for k in range(7)]
     infer.write_livelink(tmp_path / "take.csv", rows, fps=30)
