@@ -25,6 +25,7 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -552,11 +553,28 @@ def read_torn(line: str) -> dict | None:
 # ---------------------------------------------------------------------------------------------------
 
 DARK, WHITE, RED, CAVITY, TONGUE = (40, 25, 25), (250, 250, 245), (205, 80, 80), (70, 15, 20), (225, 105, 120)
-SKINS = [(250, 220, 196), (240, 200, 170), (222, 176, 140), (190, 140, 104), (150, 104, 74), (112, 76, 54)]
-HAIRS = [(30, 24, 22), (70, 46, 30), (120, 80, 44), (196, 150, 80), (150, 60, 30), (150, 150, 150)]
-IRISES = [(80, 50, 26), (50, 100, 60), (60, 110, 170), (100, 100, 110)]
-PROPORTIONS = {"fringe": (-0.75, -0.6), "width": (0.68, 0.80), "height": (0.76, 0.84), "eye": (0.9, 1.15),
-               "gap": (0.31, 0.37), "brow": (0.05, 0.09), "nose": (0.85, 1.2), "mouth": (0.24, 0.31)}
+# Two drawing styles: what the demo trains on, and one with other colours, proportions and lines, on which
+# it is only tested. A proportion lies between two ends; lines are `line` times as wide, faces outlined.
+STYLES = {
+    "cartoon": {
+        "skins": [(250, 220, 196), (240, 200, 170), (222, 176, 140), (190, 140, 104), (150, 104, 74),
+                  (112, 76, 54)],
+        "hairs": [(30, 24, 22), (70, 46, 30), (120, 80, 44), (196, 150, 80), (150, 60, 30), (150, 150, 150)],
+        "irises": [(80, 50, 26), (50, 100, 60), (60, 110, 170), (100, 100, 110)],
+        "proportions": {"fringe": (-0.75, -0.6), "width": (0.68, 0.80), "height": (0.76, 0.84),
+                        "eye": (0.9, 1.15), "gap": (0.31, 0.37), "brow": (0.05, 0.09), "nose": (0.85, 1.2),
+                        "mouth": (0.24, 0.31)},
+        "line": 1.0, "outline": 0.0},
+    "comic": {
+        "skins": [(244, 232, 120), (200, 230, 150), (150, 210, 210), (150, 170, 230), (200, 150, 220),
+                  (240, 170, 190)],
+        "hairs": [(20, 60, 120), (170, 40, 90), (30, 110, 70), (110, 40, 130), (230, 120, 20), (245, 245, 245)],
+        "irises": [(150, 30, 40), (120, 60, 150), (20, 120, 120), (200, 150, 30)],
+        "proportions": {"fringe": (-0.62, -0.5), "width": (0.80, 0.90), "height": (0.70, 0.76),
+                        "eye": (1.15, 1.3), "gap": (0.36, 0.41), "brow": (0.03, 0.05), "nose": (0.6, 0.85),
+                        "mouth": (0.31, 0.36)},
+        "line": 1.5, "outline": 0.04},
+}
 SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
 
 # Skin creases, as dark as the action is strong: both x, both y of the left one, mirrored for the right.
@@ -574,7 +592,8 @@ CREASES = [
 class Pen:
     """Draws in face coordinates, -1 to 1: x to the right of the picture (the subject's left), y down."""
 
-    def __init__(self, size: int, background: tuple):
+    def __init__(self, size: int, background: tuple, thickness: float):
+        self.thickness = thickness
         self.canvas = Image.new("RGB", (size * SUPERSAMPLE, size * SUPERSAMPLE), background)
         self.draw = ImageDraw.Draw(self.canvas)
         self.half = size * SUPERSAMPLE / 2
@@ -589,7 +608,8 @@ class Pen:
         self.polygon(np.append(x, x[::-1]), np.append(upper, lower[::-1]), color)
 
     def line(self, x: list, y: list, color: tuple, width: float):
-        self.draw.line(self.scale(x, y), fill=color, width=max(1, round(width * self.half)), joint="curve")
+        pixels = max(1, round(width * self.thickness * self.half))
+        self.draw.line(self.scale(x, y), fill=color, width=pixels, joint="curve")
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, color: tuple):
         self.draw.ellipse(self.scale([x - rx, x + rx], [y - ry, y + ry]), fill=color)
@@ -612,6 +632,8 @@ def draw_head(pen: Pen, look: dict, c: dict) -> None:
     pen.ellipse(0, -0.12, width * 1.1, height * 1.03, look["hair"])
     pen.polygon(x, y, skin)
     pen.polygon(x[y < look["fringe"]], y[y < look["fringe"]], look["hair"])
+    if look["outline"]:
+        pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, look["outline"])
     chin = mix(skin, WHITE, 0.6 * forward)
     pen.ellipse(slide, height - 0.1 + drop, 0.14 + 0.14 * forward, 0.05 + 0.07 * forward, chin)
     for side in (-1, 1):
@@ -684,15 +706,17 @@ def draw_side(pen: Pen, look: dict, c: dict, side: int) -> None:
             pen.line(side * np.array(x), y, mix(skin, DARK, 0.85 * c[action]), 0.03)
 
 
-def draw_face(coefficients: dict, identity: str = "id000", size: int = 64) -> Image.Image:
-    """Draws a cartoon face of `size` pixels with every action visible; the identity alone fixes the looks."""
+def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
+              style: str = "cartoon") -> Image.Image:
+    """Draws a face of `size` pixels with every action visible; the identity alone fixes the looks."""
     rng = np.random.default_rng(list(str(identity).encode()))
-    tone = rng.uniform(0, len(SKINS) - 1.001)
-    skin = mix(SKINS[int(tone)], SKINS[int(tone) + 1], tone % 1)
-    look = {"skin": skin, "lips": mix(skin, RED, rng.uniform(0.5, 0.9)), "hair": HAIRS[rng.integers(6)],
-            "iris": IRISES[rng.integers(4)]}
-    pen = Pen(size, background=tuple(rng.integers(60, 230, 3).tolist()))
-    look |= {part: rng.uniform(low, high) for part, (low, high) in PROPORTIONS.items()}
+    palette = STYLES[style]
+    tone = rng.uniform(0, len(palette["skins"]) - 1.001)
+    skin = mix(palette["skins"][int(tone)], palette["skins"][int(tone) + 1], tone % 1)
+    look = {"skin": skin, "lips": mix(skin, RED, rng.uniform(0.5, 0.9)), "outline": palette["outline"],
+            "hair": palette["hairs"][rng.integers(6)], "iris": palette["irises"][rng.integers(4)]}
+    pen = Pen(size, background=tuple(rng.integers(60, 230, 3).tolist()), thickness=palette["line"])
+    look |= {part: rng.uniform(low, high) for part, (low, high) in palette["proportions"].items()}
     draw_head(pen, look, coefficients)
     draw_mouth(pen, look, coefficients)
     draw_side(pen, look, coefficients, 1)
@@ -700,15 +724,20 @@ def draw_face(coefficients: dict, identity: str = "id000", size: int = 64) -> Im
     return pen.canvas.reduce(SUPERSAMPLE)
 
 
-def draw_all(records: list[dict], folder: Path) -> None:
-    """Draws all faces, on all cores, and notes the image in each record, relative to `folder`."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+def draw_all(records: list[dict], folder: Path, style: str = "cartoon") -> list[dict]:
+    """Draws all faces, on all cores; returns the records with their images, relative to `folder`."""
+    images = folder / ("images" if style == "cartoon" else f"images_{style}")
+    images.mkdir(parents=True, exist_ok=True)
+    coefficients = [record["coefficients"] for record in records]
     people = [record.get("identity", "id000") for record in records]
+    drawn = []
     with ProcessPoolExecutor() as pool:
-        faces = pool.map(draw_face, [record["coefficients"] for record in records], people, chunksize=64)
-        for index, face in enumerate(tqdm(faces, "drawing", len(records), unit=" faces", disable=None)):
-            records[index]["image"] = f"images/{index:06d}.png"
-            face.save(folder / records[index]["image"])
+        faces = pool.map(draw_face, coefficients, people, repeat(64), repeat(style), chunksize=64)
+        for record, face in zip(records, tqdm(faces, "drawing", len(records), unit=" faces", disable=None)):
+            path = images / f"{len(drawn):06d}.png"
+            face.save(path)
+            drawn.append({**record, "image": f"{images.name}/{path.name}"})
+    return drawn
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -747,17 +776,22 @@ def sample_expression(rng: np.random.Generator) -> dict:
 
 
 def make_demo(folder: Path, count: int, seed: int) -> list[Path]:
-    """Draws `count` faces, 20 to a person; returns train.jsonl and val.jsonl, which share no person."""
+    """Draws `count` faces, 20 to a person; returns train.jsonl, val.jsonl and shift.jsonl.
+
+    Validation shares no person with training; shift.jsonl has its faces again, in another drawing style.
+    """
     records = []
     for index in range(count):
         identity = f"id{seed * 10_000 + index // 20:03d}"  # fixes the looks: another seed draws other people
         coefficients = sample_expression(np.random.default_rng([seed, index]))
         records.append({"image": None, "identity": identity, "coefficients": coefficients})
-    draw_all(records, folder)
     held_out = max(1, count // 20 // 12) * 20  # one person in twelve
-    write_records(folder / "train.jsonl", records[:-held_out])
-    write_records(folder / "val.jsonl", records[-held_out:])
-    return [folder / "train.jsonl", folder / "val.jsonl"]
+    drawn = draw_all(records, folder)
+    parts = {"train": drawn[:-held_out], "val": drawn[-held_out:],
+             "shift": draw_all(records[-held_out:], folder, "comic")}
+    for name, part in parts.items():
+        write_records(folder / f"{name}.jsonl", part)
+    return [folder / f"{name}.jsonl" for name in parts]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -772,8 +806,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--every {args.every}, --batch-size {args.batch_size}: expected 1 or more")
     if not args.inputs:
         count = max(240, min(args.limit or args.demo, args.demo))
-        train, val = make_demo(Path(args.out or "data/demo"), count, args.seed)
-        print(f"wrote {train}\nwrote {val}")
+        train, val, shift = make_demo(Path(args.out or "data/demo"), count, args.seed)
+        print(f"wrote {train}\nwrote {val}\nwrote {shift}")
         print("next: python distill.py" + (f" --data {train} --val {val}" if args.out else ""))
         return
     records, counts = [], Counter()
@@ -789,7 +823,7 @@ def main(args: argparse.Namespace) -> None:
     ending = ".avatars" if args.render else ".annotated.jsonl"
     out = Path(args.out or Path(args.inputs[0]).with_suffix(ending))
     if args.render:
-        draw_all(records, out)
+        records = draw_all(records, out)
         out = out / "records.jsonl"
     if out.absolute() in [Path(name).absolute() for name in args.inputs]:
         raise SystemExit(f"--out {out} is an INPUT and would be overwritten; choose another file")

@@ -64,6 +64,8 @@ ARKIT_NAMES = [
 ]
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # one decimal, Sec. 3.2
+# What an answer holds, in its order; the paper's is "semantic".
+PARTS = {"semantic": ("analysis", "arkit"), "numeric": ("arkit",), "numbers-first": ("arkit", "analysis")}
 PROMPT = "Describe the facial muscle movements, then give the 52 ARKit blendshape coefficients as JSON."
 ARCHITECTURES = ["qwen3_vl", "qwen2_5_vl"]
 IGNORE_INDEX = -100
@@ -74,7 +76,7 @@ SKELETON_WEIGHT = 0.2
 # DIFFERS FROM PAPER: how --grounding teaches a small model to look (see hide_words, doubt_words and
 # choose_supervision).
 HIDDEN = {TEXT: (0.3, 0.1), NUMBER: (1.0, 0.1)}  # share of tokens hidden at the first and at the last step
-GUESSED = {TEXT: 0.5, NUMBER: 0.5}  # share of answers with guessed words, share of guessed numbers
+GUESSED = {TEXT: 0.5, NUMBER: 0.5}  # share of answers with guessed words, share of numbers guessed
 NUMERIC_SHARE = 0.8  # of the steps, until which answers without description are mixed in
 ALIGNMENT_WEIGHT = 10.0  # of the regression loss beside the language loss
 
@@ -108,9 +110,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--model", default="tiny",
         help="tiny, or a Qwen3-VL or Qwen2.5-VL as hub id or folder (default %(default)s)")
     add("--out", default="runs/demo", help="run folder (default %(default)s)")
-    add("--supervision", choices=["semantic", "numeric"], default="semantic",
-        help="description then numbers, or numbers only (default %(default)s)")
-    add("--steps", type=int, help=f"optimizer steps of distillation {by_model('steps')}")
+    add("--supervision", choices=list(PARTS), default="semantic",
+        help="description then numbers, numbers only, or the description last (default %(default)s)")
+    add("--steps", type=int, help="optimizer steps of distillation; 0 stops after the tower, which then "
+        f"regresses the coefficients {by_model('steps')}")
     add("--epochs", type=float, help="passes over the records, instead of --steps")
     add("--tower-steps", type=int,
         help=f"steps before, in which the vision tower learns to regress {by_model('tower_steps')}")
@@ -163,7 +166,8 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
         if not isinstance(image, str) or not (path.parent / image).is_file():
             raise SystemExit(f"{where}: image {image!r} is no file; training needs a picture a record")
         description = record.get("description") or {}
-        if supervision == "semantic" and not all(isinstance(description.get(field), str) for field in FIELDS):
+        described = all(isinstance(description.get(field), str) for field in FIELDS)
+        if "analysis" in PARTS[supervision] and not described:
             fix = f"run python annotate.py {path}, or use --supervision numeric"
             raise SystemExit(f"{where}: no complete description; {fix}")
         records.append({**record, "image": str(path.parent / image)})
@@ -211,17 +215,14 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
 def answer_skeleton(supervision: str) -> list[tuple]:
     """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, at the end, None."""
     pieces, text = [], "{"
-    if supervision == "semantic":
-        text += '"analysis": {'
-        for field in FIELDS:
-            pieces.append((f'{text}"{field}": "', field))
-            text = '", '
-        text = '"}, '
-    text += '"arkit": {'
-    for name in ARKIT_NAMES:
-        pieces.append((f'{text}"{name}": ', name))
-        text = ", "
-    return pieces + [("}}", None)]
+    for part in PARTS[supervision]:
+        quote = '"' if part == "analysis" else ""
+        text += f'"{part}": {{'
+        for slot in FIELDS if part == "analysis" else ARKIT_NAMES:
+            pieces.append((f'{text}"{slot}": {quote}', slot))
+            text = f"{quote}, "
+        text = f"{quote}}}, "
+    return pieces + [(f"{quote}}}}}", None)]
 
 
 class FaceDataset(Dataset):
@@ -235,7 +236,7 @@ class FaceDataset(Dataset):
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
         self.size = {"shortest_edge": args.max_pixels, "longest_edge": args.max_pixels}
         self.skeletons = {kind: [(self.encode(text), slot) for text, slot in answer_skeleton(kind)]
-                          for kind in ("semantic", "numeric")}
+                          for kind in PARTS}
         self.values = {value: self.encode(value) for value in VALUES}
 
     def encode(self, text: str) -> list[int]:
@@ -366,7 +367,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     phrases = Counter(phrase for text in texts for phrase in re.findall(r"[,.]?[^,.:]+:?", text))
     pieces = [phrase for phrase, count in phrases.most_common(1000) if count >= 20]
     pieces += [PROMPT, "user\n", "assistant\n"] + VALUES
-    pieces += [text for kind in ("semantic", "numeric") for text, _ in answer_skeleton(kind)]
+    pieces += [text for kind in PARTS for text, _ in answer_skeleton(kind)]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(pieces)])
     return tokenizer
 
@@ -469,26 +470,30 @@ def add_lora(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 class RegressionHead(nn.Module):
-    """Reads the coefficients off the image tokens, as inner products with the embeddings of their names.
+    """Reads the coefficients off the image tokens: each name looks where it must, as words do in a decoder.
 
+    Attention by the name's embedding picks image tokens, the inner product with the embedding is the value.
     It stands in for the pretraining that the tiny model lacks. The tie to the embeddings aligns picture and
     words: the decoder then finds a coefficient by matching its name against the image. With weights of its
     own the regression is as good, but the decoder still ignored the picture after 6,000 faces.
     """
 
-    def __init__(self, name_ids: list[int]):
+    def __init__(self, name_ids: list[int], width: int):
         super().__init__()
         self.register_buffer("name_ids", torch.tensor(name_ids))  # (C,)
+        self.look = nn.Parameter(torch.zeros(width, width))  # at first all image tokens count alike
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.bias = nn.Parameter(torch.zeros(len(name_ids)))
 
     def forward(self, model: nn.Module, batch: dict, tokens: torch.Tensor) -> torch.Tensor:
         """Image tokens of the whole batch, one image after another (., D) -> coefficients (B, C)."""
         counts = batch["image_grid_thw"].prod(dim=1) // model.model.visual.spatial_merge_size ** 2  # (B,)
-        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
-        means = torch.stack([part.mean(dim=0) for part in tokens.split(counts.tolist())])  # (B, D)
         names = model.get_input_embeddings().weight[self.name_ids].float()  # (C, D)
-        return self.scale * means @ names.T + self.bias
+        queries, rows = names @ self.look, []
+        for part in F.layer_norm(tokens.float(), tokens.shape[-1:]).split(counts.tolist()):  # (n, D)
+            attention = (queries @ part.T).softmax(dim=1)  # (C, n)
+            rows.append((attention * (names @ part.T)).sum(dim=1))
+        return self.scale * torch.stack(rows) + self.bias
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -542,12 +547,12 @@ def hide_words(batch: dict, progress: float, pad_id: int, seed: int) -> dict:
 
 
 @torch.no_grad()
-def doubt_words(model: nn.Module, batch: dict, pad_id: int, seed: int) -> dict:
+def doubt_words(model: nn.Module, batch: dict, pad_id: int, seed: int, text_share: float) -> dict:
     """Parallel scheduled sampling (arXiv 1906.04331): puts the model's own guesses in place of the truth.
 
     Numbers trained behind perfect words lean on them, though at inference the words are the model's own. So
-    in a share of the answers every word is what the model would have said there, and only the numbers are
-    trained; a share of the numbers is guessed in the same way. Hidden tokens stay hidden.
+    in `text_share` of the answers every word is what the model would have said there, and only the numbers
+    are trained. A share of the numbers is guessed in the same way. Hidden tokens stay hidden.
     """
     device = batch["input_ids"].device
     hidden = hidden_states(model, batch)  # (B, T, D)
@@ -555,11 +560,11 @@ def doubt_words(model: nn.Module, batch: dict, pad_id: int, seed: int) -> dict:
     undecided = kinds != SKELETON
     logits = model.lm_head(hidden[:, :-1][undecided]).float()  # (N, V)
     logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed + 1)  # other lots than those of hide_words
     guesses = inputs.clone()
     guesses[undecided] = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-    lots = torch.rand(kinds.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    doubtful_text = (kinds == TEXT) & (lots[:, :1] < GUESSED[TEXT])  # (B, T-1)
+    lots = torch.rand(kinds.shape, generator=generator, device=device)
+    doubtful_text = (kinds == TEXT) & (lots[:, :1] < text_share)  # (B, T-1)
     guessed = doubtful_text | (kinds == NUMBER) & (lots < GUESSED[NUMBER])
     guessed &= inputs != pad_id
     start = batch["input_ids"][:, :1]
@@ -601,7 +606,9 @@ def step_loss(model: nn.Module, head: nn.Module, batches: list[dict], step: int,
                 if args.grounding:
                     seed = args.seed * 1_000_003 + step * 101 + number * args.world_size + args.rank
                     batch = hide_words(batch, (step - args.tower_steps) / args.steps, pad_id, seed)
-                    batch = doubt_words(model, batch, pad_id, seed)
+                    # Numbers cannot lean on words that come after them.
+                    text_share = GUESSED[TEXT] if args.supervision == "semantic" else 0.0
+                    batch = doubt_words(model, batch, pad_id, seed, text_share)
                 losses, weights, tokens = token_losses(model, batch)
                 loss = shown = (losses * weights).sum() / total_weight
                 if args.tower_steps:  # without it, the first large gradients undo the alignment
@@ -768,11 +775,14 @@ def cut_log(path: Path, step: int) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
-def save_checkpoint(folder: Path, model: nn.Module, tokenizer, image_processor, run: dict) -> None:
+def save_checkpoint(folder: Path, model: nn.Module, head: nn.Module, tokenizer, image_processor,
+                    run: dict) -> None:
     """Writes what infer.py loads, the model or its adapter; run.json comes last and marks it as complete."""
     partial = folder / "checkpoint.partial"
+    partial.mkdir(exist_ok=True)
+    if run["steps"] == 0:
+        save_file(head.state_dict(), partial / "regression.safetensors")
     if run["lora_rank"]:
-        partial.mkdir(exist_ok=True)
         save_adapter(partial, model, run)
     else:
         model.save_pretrained(partial)
@@ -811,10 +821,12 @@ def check_args(args: argparse.Namespace) -> None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    for name in ("steps", "batch_size", "grad_accum", "save_every", "max_pixels", "limit", "epochs"):
-        value = getattr(args, name)
-        if value is not None and (value < 1 if name != "epochs" else not value > 0):
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a number of at least 1")
+    for name in ("steps", "batch_size", "grad_accum", "save_every", "max_pixels", "limit"):
+        value, least = getattr(args, name), 0 if name == "steps" and args.tower_steps > 0 else 1
+        if value is not None and value < least:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
+    if args.epochs is not None and not args.epochs > 0:
+        raise SystemExit(f"--epochs {args.epochs}: expected a number above 0")
     if min(args.tower_steps, args.lora_rank) < 0 or not args.lr > 0 or not 0 <= args.lora_dropout < 1:
         raise SystemExit(f"--tower-steps {args.tower_steps}, --lora-rank {args.lora_rank}, --lr {args.lr}, "
                          f"--lora-dropout {args.lora_dropout}: expected at least 0, 0, above 0, and 0 to 1")
@@ -892,7 +904,8 @@ def main(args: argparse.Namespace) -> None:
     if args.model == "tiny" and args.tower_steps and not state:
         sample = [dataset[index, "numeric"]["pixel_values"] for index in range(min(400, len(dataset)))]
         whiten_patches(model, torch.cat(sample))
-    head = RegressionHead([ids[-1] for ids, slot in dataset.skeletons["numeric"] if slot])
+    name_ids = [ids[-1] for ids, slot in dataset.skeletons["numeric"] if slot]
+    head = RegressionHead(name_ids, model.config.text_config.hidden_size)
     if not args.tower_steps:
         model.model.visual.requires_grad_(False)  # Sec. 3.2: a pretrained vision encoder stays frozen
     if args.lora_rank:
@@ -938,7 +951,7 @@ def main(args: argparse.Namespace) -> None:
         model.load_state_dict(weights, strict=False)
         print(f"kept the weights of the lowest validation loss, {best:.4f}")
     run = {**settings, "prompt": PROMPT, "torch": torch.__version__, "transformers": transformers.__version__}
-    save_checkpoint(out, model.eval(), tokenizer, image_processor, run)
+    save_checkpoint(out, model.eval(), head, tokenizer, image_processor, run)
     for name in ("state.pt", "best.pt"):
         (out / name).unlink(missing_ok=True)
     if args.device.startswith("cuda"):

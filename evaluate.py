@@ -65,7 +65,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="prediction records of infer.py, one file or several to "
-        "compare, then the truth (default: predictions.jsonl data/demo/val.jsonl)")
+        "compare, then the truth; a folder of files stands for a method trained with several seeds "
+        "(default: predictions.jsonl data/demo/val.jsonl)")
     add("--train",
         help="records for the mean and median predictors (default: train.jsonl beside TRUTH, if any)")
     add("--by", help="also by the values of this field of the truth, such as identity")
@@ -129,15 +130,22 @@ def check_coefficients(coefficients, where: str) -> None:
             raise SystemExit(f"{where}: {name} is {value!r}; expected a number from 0 to 1")
 
 
-def match(predictions: dict, truth: dict) -> list[str]:
-    """The pictures of both files, in the truth's order. SystemExit if one lacks a picture of the other."""
+def files_of(name: str) -> list[Path]:
+    """The prediction files that a FILE stands for: itself, or those of the folder, one a training seed."""
+    files = sorted(Path(name).glob("*.jsonl")) if Path(name).is_dir() else [Path(name)]
+    if not files:
+        raise SystemExit(f"{name} holds no .jsonl; expected one prediction file for each training seed")
+    return files
+
+
+def match(predictions: dict, truth: dict) -> None:
+    """SystemExit, naming pictures, unless both files have the same ones."""
     missing = [image for image in truth if image not in predictions]
     extra = [image for image in predictions if image not in truth]
     if missing or extra:
         raise SystemExit(f"the files differ: {len(missing)} pictures have no prediction {missing[:3]}, "
                          f"{len(extra)} predictions have no truth {extra[:3]}; expected the same pictures; "
                          "run infer.py on the truth file")
-    return list(truth)
 
 
 def as_array(records: list[dict]) -> np.ndarray:
@@ -260,6 +268,15 @@ def bootstrap(predicted: np.ndarray, true: np.ndarray, weights: np.ndarray, grou
     return summary(mixed)
 
 
+def mean_of_seeds(samples: list[dict], seed: int) -> dict:
+    """Each metric in R bootstrap samples (R,), as the mean over S training seeds, resampled like the people."""
+    rng = np.random.default_rng(seed)
+    count = len(samples)
+    weights = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count  # (R, S)
+    stacked = {name: np.stack([one[name] for one in samples], axis=1) for name in samples[0]}  # (R, S)
+    return {name: (weights * values).sum(axis=1) for name, values in stacked.items()}
+
+
 def interval(samples: np.ndarray) -> list[float]:
     """The 95% percentile interval (Efron & Tibshirani 1993, Ch. 13)."""
     return [float(end) for end in np.percentile(samples, (2.5, 97.5))]
@@ -364,7 +381,7 @@ def print_report(results: dict) -> None:
     """Prints the table that `results` holds."""
     def row(label: str, m: dict, ends: dict | None = None) -> None:
         line = f"{label:24.24s} {m['mae']:7.4f} {m['rmse']:7.4f}"
-        r = f" {m['pearson_median']:7.3f} {m['pearson_above_0.8']:6d}" if "pearson_median" in m else " " * 15
+        r = f" {m['pearson_median']:7.3f} {m['pearson_above_0.8']:6.0f}" if "pearson_median" in m else " " * 15
         line += r
         for name in ("ccc", "icc"):
             line += f" {round(m[name], 3) + 0.0:6.3f}" if name in m else " " * 7
@@ -380,6 +397,9 @@ def print_report(results: dict) -> None:
     print(header + ("     mm   lip" if "vertex_mm" in results["model"] else ""))
     for name, values in results["models"].items():
         row(name if len(results["models"]) > 1 else "model", values, results["all_intervals"][name])
+        if len(results["seeds"][name]) > 1:
+            each = ", ".join(f"{values['rmse']:.4f}" for values in results["seeds"][name])
+            print(f"    means of {len(results['seeds'][name])} seeds; their rmse: {each}")
     for name, values in results["constants"].items():
         row(name, values)
     for region, values in results["by_region"].items():
@@ -466,20 +486,23 @@ def main(args: argparse.Namespace) -> None:
     """Runs the stage."""
     defaults = ["predictions.jsonl", "data/demo/val.jsonl"]
     *files, truth_file = args.files + defaults[len(args.files):]
+    files = list(dict.fromkeys(files))
     if args.plot and Path(args.plot).suffix.lower() != ".png":
         raise SystemExit(f"--plot {args.plot}: expected a file that ends in .png")
     rig = read_rig(Path(args.rig)) if args.rig else None
-    models = {file: read_records(Path(file), allow_errors=True) for file in dict.fromkeys(files)}
+    methods = {file: [read_records(path, allow_errors=True) for path in files_of(file)] for file in files}
     truth = read_records(Path(truth_file))
-    for predictions in models.values():
-        images = match(predictions, truth)
-    readable = [image for image in images if not any(model[image].get("error") for model in models.values())]
+    runs = [run for method in methods.values() for run in method]
+    for run in runs:
+        match(run, truth)
+    readable = [image for image in truth if not any(run[image].get("error") for run in runs)]
     if not readable:
-        raise SystemExit(f"{files[0]}: none of {len(images)} pictures has a prediction; nothing to compare")
+        raise SystemExit(f"{files[0]}: none of {len(truth)} pictures has a prediction; nothing to compare")
     true_records = [truth[image] for image in readable]
     true = as_array(true_records)
-    predicted = {file: as_array([model[image] for image in readable]) for file, model in models.items()}
-    first = predicted[files[0]]
+    predicted = {file: [as_array([run[image] for image in readable]) for run in method]
+                 for file, method in methods.items()}
+    first, first_run = predicted[files[0]][0], methods[files[0]][0]
     train_path = Path(args.train) if args.train else Path(truth_file).with_name("train.jsonl")
     train = as_array(list(read_records(train_path).values())) if args.train or train_path.is_file() else None
     unseeing = constants(true, train)
@@ -493,30 +516,36 @@ def main(args: argparse.Namespace) -> None:
     if len(people) < 5:  # too few to resample
         groups = np.arange(len(readable))
     weights, groups = resampled(groups, args.seed)
-    samples = {file: bootstrap(values, true, weights, groups) for file, values in predicted.items()}
+    samples = {file: mean_of_seeds([bootstrap(values, true, weights, groups) for values in seeds], args.seed)
+               for file, seeds in predicted.items()}
     shown = [name for name in ("mae", "rmse", "pearson_median") if name in samples[files[0]]]
+    seeds = {file: [metrics(values, true) for values in arrays] for file, arrays in predicted.items()}
     results = {
-        "predictions": files, "truth": truth_file,
-        "images": len(images), "errors": len(images) - len(readable),
-        "models": {file: metrics(values, true) for file, values in predicted.items()},
+        "predictions": files, "truth": truth_file, "images": len(truth), "errors": len(truth) - len(readable),
+        "seeds": seeds,
+        "models": {file: {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+                   for file, each in seeds.items()},
         "all_intervals": {file: {name: interval(values[name]) for name in shown}
                           for file, values in samples.items()},
         "differences": {f"{file} minus {files[0]}":
                         {name: interval(samples[file][name] - samples[files[0]][name]) for name in shown}
-                        for file in list(models)[1:]},
+                        for file in files[1:]},
         "constants": {name: metrics(constant, true) for name, constant in unseeing.items()},
+        # What follows is of the first file alone.
         "by_coefficient": by_coefficient(first, true), "by_region": {}, "by": {},
-        "description": agreement([models[files[0]][image] for image in readable], true_records),
+        "description": agreement([first_run[image] for image in readable], true_records),
     }
-    stds = [models[files[0]][image].get("std") for image in readable]
+    stds = [first_run[image].get("std") for image in readable]
     if all(isinstance(std, dict) and set(std) == set(ARKIT_NAMES) for std in stds):
         spread = np.array([[std[name] for name in ARKIT_NAMES] for std in stds], dtype=float)
         if spread.std() > 0:
             results["std_spearman"] = spearman(spread.ravel(), np.abs(first - true).ravel())
     if rig:
         deltas, lips, results["rig_unit"] = rig
-        for file, values in predicted.items():
-            results["models"][file] |= vertex_errors(values, true, deltas, lips)
+        for file, arrays in predicted.items():
+            errors = [vertex_errors(values, true, deltas, lips) for values in arrays]
+            results["models"][file] |= {name: float(np.mean([one[name] for one in errors]))
+                                        for name in errors[0]}
         for name, constant in unseeing.items():
             results["constants"][name] |= vertex_errors(constant, true, deltas, lips)
     results["model"], results["intervals"] = results["models"][files[0]], results["all_intervals"][files[0]]

@@ -31,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -58,6 +59,8 @@ ARKIT_NAMES = [
 ]
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # one decimal, Sec. 3.2
+# What an answer holds, in its order; the paper's is "semantic".
+PARTS = {"semantic": ("analysis", "arkit"), "numeric": ("arkit",), "numbers-first": ("arkit", "analysis")}
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
 MAX_TEXT_TOKENS = 400  # of one description field
@@ -201,6 +204,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
         tokenizer = AutoTokenizer.from_pretrained(base)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(base)
         updates = load_file(folder / "adapter_model.safetensors") if adapter else {}
+        head = load_file(folder / "regression.safetensors", device) if run.get("steps") == 0 else None
     except Exception as error:  # a damaged file surfaces as one of a dozen types, all with the same cure
         why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise SystemExit(f"--model {model_dir} cannot be read ({why}); copy it again or repeat distill.py")
@@ -211,7 +215,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
     size = {"shortest_edge": pixels or FOREIGN_PIXELS // 16, "longest_edge": pixels or FOREIGN_PIXELS}
     return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, system=system,
                            prompt=prompt or run["prompt"], image_processor=image_processor, size=size,
-                           supervision=run["supervision"], device=torch.device(device), blocks={})
+                           supervision=run["supervision"], head=head, device=torch.device(device), blocks={})
 
 
 @torch.no_grad()
@@ -221,16 +225,18 @@ def merge_adapter(network, config: dict, updates: dict) -> None:
     Every tensor must find its weight: an adapter that matches nothing would silently do nothing. Raises
     SystemExit, naming the first that does not (DoRA's magnitudes and trained biases among them).
     """
+    def module_of(key: str) -> str:
+        return key.removeprefix("base_model.model.").split(".lora_")[0]
+
     weights = dict(network.named_parameters())
     pairs = {key.replace(".lora_A.", ".lora_B."): key for key in updates if ".lora_A." in key}
     for key in {*updates, *pairs}:
-        name = key.removeprefix("base_model.model.").split(".lora_")[0] + ".weight"
         is_matrix = key in pairs or key in pairs.values()
-        if not is_matrix or key not in updates or name not in weights:
+        if not is_matrix or key not in updates or f"{module_of(key)}.weight" not in weights:
             raise SystemExit(f"the adapter's {key} matches no weight of {config['base_model_name_or_path']}; "
                              "expected pairs of LoRA matrices for the model that the adapter was trained on")
     for key_b, key_a in pairs.items():
-        name = key_b.removeprefix("base_model.model.").split(".lora_")[0]
+        name = module_of(key_b)
         low, high = updates[key_a].float(), updates[key_b].float()  # (r, in), (out, r)
         alpha = config["lora_alpha"]
         for pattern, value in (config.get("alpha_pattern") or {}).items():
@@ -258,17 +264,14 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
 def answer_skeleton(supervision: str) -> list[tuple]:
     """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, at the end, None."""
     pieces, text = [], "{"
-    if supervision == "semantic":
-        text += '"analysis": {'
-        for field in FIELDS:
-            pieces.append((f'{text}"{field}": "', field))
-            text = '", '
-        text = '"}, '
-    text += '"arkit": {'
-    for name in ARKIT_NAMES:
-        pieces.append((f'{text}"{name}": ', name))
-        text = ", "
-    return pieces + [("}}", None)]
+    for part in PARTS[supervision]:
+        quote = '"' if part == "analysis" else ""
+        text += f'"{part}": {{'
+        for slot in FIELDS if part == "analysis" else ARKIT_NAMES:
+            pieces.append((f'{text}"{slot}": {quote}', slot))
+            text = f"{quote}, "
+        text = f"{quote}}}, "
+    return pieces + [(f"{quote}}}}}", None)]
 
 
 def prepare(model: SimpleNamespace, images: list[Image.Image]) -> dict:
@@ -350,10 +353,12 @@ class Answers:
             self.mask = self.mask[:, :-count]
 
 
-def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int, pad_id: int) -> list[list[int]]:
-    """Greedy decoding behind the skeleton, until the token that closes the text. Returns token ids."""
-    active = torch.ones(len(answers.mask), dtype=torch.bool, device=answers.mask.device)
-    ids = torch.tensor(skeleton_ids, device=active.device).expand(len(active), -1)
+def decode_text(answers: Answers, ids: torch.Tensor, closing_id: int, pad_id: int) -> list[list[int]]:
+    """Greedy decoding behind the skeleton's `ids` (B, n), until the token that closes the text.
+
+    Returns the token ids of each text.
+    """
+    active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     written, everyone = [], True
     for _ in range(MAX_TEXT_TOKENS):
         chosen = answers.feed(ids, None if everyone else active)[:, -1].argmax(dim=-1)  # (B,)
@@ -389,12 +394,13 @@ def number_block(encode, supervision: str) -> tuple[list, list, list]:
     return ids, columns, options
 
 
-def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decides all undecided tokens by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
 
     A guess for many tokens is fed at once. The first wrong one, and all before it, are then decided exactly
     as by feeding one at a time; those after it have a better guess for the next pass. Returns the logits of
-    the options (B, S, O), -inf where there is none, and the greedy choice among them (B, S).
+    the options (B, S, O), -inf where there is none, the greedy choice among them (B, S), and the tokens that
+    are decided and not yet fed (B, n).
     """
     ids, columns, options = block
     device, count = answers.mask.device, len(answers.mask)
@@ -422,7 +428,7 @@ def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.
         done += wrong.index(True) + 1 if True in wrong else len(wrong)
         fed = columns[done - 1]  # what was fed behind it may have followed a wrong guess
         answers.take_back(stop - fed)
-    return scores, choice
+    return scores, choice, tokens[:, fed:]
 
 
 @torch.inference_mode()
@@ -434,17 +440,22 @@ def decode_forced(model: SimpleNamespace, inputs: dict, supervision: str) -> tup
     def encode(text: str) -> list[int]:
         return model.tokenizer.encode(text, add_special_tokens=False)
 
+    if supervision not in model.blocks:
+        model.blocks[supervision] = number_block(encode, supervision)
     pieces = answer_skeleton(supervision)
     answers = Answers(model.network, inputs)
     descriptions = [{} for _ in inputs["input_ids"]]
+    unfed = inputs["input_ids"][:, :0]  # what stands in the answers and has not been fed (B, n)
     for (text, slot), (following, _) in zip(pieces, pieces[1:]):
-        if slot in FIELDS:
-            written = decode_text(answers, encode(text), encode(following)[0], model.tokenizer.pad_token_id)
+        if slot == ARKIT_NAMES[0]:
+            scores, choice, unfed = decode_numbers(answers, model.blocks[supervision])
+        elif slot in FIELDS:
+            skeleton_ids = torch.tensor(encode(text), device=unfed.device).expand(len(unfed), -1)
+            ids = torch.cat([unfed, skeleton_ids], dim=1)
+            unfed = unfed[:, :0]
+            written = decode_text(answers, ids, encode(following)[0], model.tokenizer.pad_token_id)
             for description, text_ids in zip(descriptions, written):
                 description[slot] = unescape(model.tokenizer.decode(text_ids))
-    if supervision not in model.blocks:
-        model.blocks[supervision] = number_block(encode, supervision)
-    scores, choice = decode_numbers(answers, model.blocks[supervision])
     if scores.shape[1] == len(ARKIT_NAMES):
         return scores.softmax(dim=-1), choice, descriptions
     # Digits are split: "0" or "1", then the tenths, of which "1." allows only "0".
@@ -524,17 +535,38 @@ def read_answer(text: str) -> tuple[dict, dict | None]:
 # Predicting
 # ---------------------------------------------------------------------------------------------------
 
+@torch.inference_mode()
+def regress(model: SimpleNamespace, inputs: dict) -> torch.Tensor:
+    """Coefficients (B, C) of a checkpoint of distill.py --steps 0, as its RegressionHead gives them."""
+    tower, head = model.network.model.visual, model.head
+    tokens = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output.float()  # (., D)
+    counts = inputs["image_grid_thw"].prod(dim=1) // tower.spatial_merge_size ** 2  # (B,)
+    names = model.network.get_input_embeddings().weight[head["name_ids"]].float()  # (C, D)
+    queries, rows = names @ head["look"], []
+    for part in F.layer_norm(tokens, tokens.shape[-1:]).split(counts.tolist()):  # (n, D)
+        attention = (queries @ part.T).softmax(dim=1)  # (C, n)
+        rows.append((attention * (names @ part.T)).sum(dim=1))
+    return head["scale"] * torch.stack(rows) + head["bias"]
+
+
+def rounded(row: list[float]) -> dict[str, float]:
+    """52 numbers by name."""
+    return {name: round(value, 4) for name, value in zip(ARKIT_NAMES, row)}
+
+
 def answer(model: SimpleNamespace, pictures: list, kind: str, numeric: bool, decoding: str) -> list[dict]:
     """The fields that a batch of pictures adds to their records."""
     inputs = prepare(model, pictures)
+    if model.head:
+        rows = regress(model, inputs).clamp(0, 1).tolist()
+        return [{"coefficients": rounded(row)} for row in rows]
     if decoding == "forced":
         supervision = "numeric" if numeric else model.supervision
         probabilities, chosen, texts = decode_forced(model, inputs, supervision)
         values, stds = estimate(probabilities, chosen, kind)
         rows = zip(values.clamp(0, 1).tolist(), stds.tolist(), texts)
-        return [{"coefficients": {name: round(value, 4) for name, value in zip(ARKIT_NAMES, row)},
-                 "std": {name: round(value, 4) for name, value in zip(ARKIT_NAMES, spread)},
-                 "description": text or None} for row, spread, text in rows]
+        return [{"coefficients": rounded(row), "std": rounded(spread), "description": text or None}
+                for row, spread, text in rows]
     answers = []
     for text in decode_generate(model, inputs):
         try:
@@ -570,6 +602,11 @@ def predict(model: SimpleNamespace, images: list, batch_size: int = 32, kind: st
 # Files
 # ---------------------------------------------------------------------------------------------------
 
+def json_line(record: dict) -> str:
+    """A record as a line of a .jsonl file."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
 def resume(out: Path, settings: dict) -> list[dict]:
     """Prepares the prediction file; returns an interrupted run's records if its settings were the same.
 
@@ -585,8 +622,7 @@ def resume(out: Path, settings: dict) -> list[dict]:
             except json.JSONDecodeError:
                 break
     marker.write_text(json.dumps(settings), encoding="utf-8")
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    out.write_text(text, encoding="utf-8")
+    out.write_text("".join(map(json_line, records)), encoding="utf-8")
     return records
 
 
@@ -722,6 +758,7 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         count = f"{len(images)} pictures, {len(share) - len(todo)} done before"
         how = f"{args.estimate} of each distribution" if args.decode == "forced" else "generate"
+        how = "regression" if model.head else how
         print(f"{args.model} | {device} | {count} | {how}", flush=True)
     found = predictions(model, [image for _, image in todo], args.batch_size, args.estimate, args.numeric,
                         args.decode)
@@ -729,7 +766,7 @@ def main(args: argparse.Namespace) -> None:
     with part.open("a", encoding="utf-8") as file:
         for (name, _), record in zip(todo, bar):
             done[name] = {**record, "image": name}
-            file.write(json.dumps(done[name], ensure_ascii=False) + "\n")
+            file.write(json_line(done[name]))
             file.flush()
 
     if world_size > 1:
@@ -741,7 +778,7 @@ def main(args: argparse.Namespace) -> None:
                 for record in map(json.loads, path.open(encoding="utf-8"))}
     records = [done[name] for name in names]
     partial = out.with_name(out.name + ".partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    partial.write_text("".join(map(json_line, records)), encoding="utf-8")
     partial.replace(out)
     for path in {part, *parts}:
         path.with_name(path.name + ".unfinished").unlink(missing_ok=True)

@@ -79,7 +79,7 @@ def test_shared_blocks_are_identical():
     for name in ("open_image", "prompt_text", "answer_skeleton"):
         assert inspect.getsource(getattr(distill, name)) == inspect.getsource(getattr(infer, name))
     assert inspect.getsource(annotate.is_plain) == inspect.getsource(evaluate.is_plain)
-    assert (distill.FIELDS, distill.VALUES) == (infer.FIELDS, infer.VALUES)
+    assert (distill.FIELDS, distill.VALUES, distill.PARTS) == (infer.FIELDS, infer.VALUES, infer.PARTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -156,6 +156,13 @@ def test_every_action_shows_and_left_is_right_in_the_picture():
         if name.endswith(("Left", "Right")) and not name.startswith(("mouthLeft", "mouthRight", "jaw")):
             columns = changed.nonzero()[1]
             assert (columns >= 31).all() if name.endswith("Left") else (columns <= 32).all(), name
+
+
+def test_shifted_faces_differ_in_style_only(demo):
+    val, shift = read_jsonl(demo / "val.jsonl"), read_jsonl(demo / "shift.jsonl")
+    assert [{**record, "image": ""} for record in val] == [{**record, "image": ""} for record in shift]
+    pictures = [np.array(Image.open(demo / records[0]["image"]), dtype=float) for records in (val, shift)]
+    assert np.abs(pictures[0] - pictures[1]).mean() > 20
 
 
 def test_demo_is_reproducible_and_splits_by_identity(demo, tmp_path):
@@ -338,7 +345,7 @@ def make_dataset(demo: Path, supervision: str, count: int = 8):
     return model, distill.FaceDataset(records, tokenizer, image_processor, args)
 
 
-@pytest.mark.parametrize("supervision", ["semantic", "numeric"])
+@pytest.mark.parametrize("supervision", ["semantic", "numeric", "numbers-first"])
 def test_exactly_the_answer_and_its_end_are_supervised(demo, supervision):
     _, dataset = make_dataset(demo, supervision)
     batch = dataset.collate([dataset[index, supervision] for index in range(3)])
@@ -346,8 +353,8 @@ def test_exactly_the_answer_and_its_end_are_supervised(demo, supervision):
         labels = batch["labels"][row]
         text = dataset.tokenizer.decode(labels[labels != distill.IGNORE_INDEX])
         rounded = {name: float(f"{value:.1f}") for name, value in record["coefficients"].items()}
-        analysis = {"analysis": record["description"]} if supervision == "semantic" else {}
-        expected = analysis | {"arkit": rounded}
+        whole = {"analysis": record["description"], "arkit": rounded}
+        expected = {part: whole[part] for part in distill.PARTS[supervision]}
         assert text.endswith("<|im_end|>") and json.loads(text.removesuffix("<|im_end|>")) == expected
         kept = labels != distill.IGNORE_INDEX
         assert (labels[kept] == batch["input_ids"][row][kept]).all()
@@ -356,7 +363,7 @@ def test_exactly_the_answer_and_its_end_are_supervised(demo, supervision):
         padding = batch["input_ids"][row][kept.nonzero()[-1] + 1:]
         assert (padding == dataset.tokenizer.pad_token_id).all()
         slots = dataset.tokenizer.decode(batch["input_ids"][row][batch["kinds"][row] != distill.SKELETON])
-        assert slots.endswith("".join(f"{value:.1f}" for value in record["coefficients"].values()))
+        assert "".join(f"{value:.1f}" for value in record["coefficients"].values()) in slots
 
 
 def test_hidden_words_leave_skeleton_and_labels_alone(demo):
@@ -373,7 +380,7 @@ def test_hidden_words_leave_skeleton_and_labels_alone(demo):
 def test_guesses_replace_a_share_of_the_words_and_their_loss(demo):
     model, dataset = make_dataset(demo, "semantic")
     batch = dataset.collate([dataset[index, "semantic"] for index in range(8)])
-    doubted = distill.doubt_words(model, batch, dataset.tokenizer.pad_token_id, seed=1)
+    doubted = distill.doubt_words(model, batch, dataset.tokenizer.pad_token_id, seed=1, text_share=0.5)
     changed = doubted["input_ids"] != batch["input_ids"]
     text, number = batch["kinds"] == distill.TEXT, batch["kinds"] == distill.NUMBER
     assert not changed[batch["kinds"] == distill.SKELETON].any() and doubted["labels"] is batch["labels"]
@@ -644,6 +651,57 @@ def test_split_digits_are_decided_as_one_by_one(tmp_path):
             written += value
 
 
+def test_numbers_first_answers_are_written_greedily(demo, tmp_path, monkeypatch):
+    """All tokens of the answer, words behind the numbers included, are what one forward pass would choose."""
+    monkeypatch.setattr(infer, "MAX_TEXT_TOKENS", 20)
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 8, "--batch-size", 4, "--steps", 60,
+             "--tower-steps", 5, "--supervision", "numbers-first", "--no-grounding", "--out", tmp_path / "run")
+    predictor = infer.load(tmp_path / "run")
+    images = [infer.open_image(demo / record["image"]) for record in read_jsonl(demo / "train.jsonl")[:3]]
+    inputs = infer.prepare(predictor, images)
+    _, chosen, texts = infer.decode_forced(predictor, inputs, "numbers-first")
+    _, numeric, _ = infer.decode_forced(predictor, inputs, "numeric")
+    assert torch.equal(chosen, numeric)  # the words come later and change no number
+    encode, pieces = predictor.tokenizer.encode, infer.answer_skeleton("numbers-first")
+    values = [encode(value)[0] for value in infer.VALUES]
+    for row, (numbers, description) in enumerate(zip(chosen.tolist(), texts)):
+        answer, expected, whole = [], [], True
+        for k, (text, slot) in enumerate(pieces):
+            answer += encode(text)
+            start = inputs["input_ids"].shape[1] + len(answer)
+            if slot in NAMES:
+                answer.append(values[numbers[k]])
+                expected.append((start, answer[-1], values))
+            elif slot:
+                words = encode(json.dumps(description[slot])[1:-1])
+                if len(words) >= 20:
+                    continue
+                answer += words
+                words.append(encode(pieces[k + 1][0])[0])
+                expected += [(start + n, word, range(len(predictor.tokenizer))) for n, word in enumerate(words)]
+        one = {name: tensor.chunk(3)[row] for name, tensor in inputs.items()}
+        new = torch.tensor([answer])
+        ids = torch.cat([one["input_ids"], new], dim=1)
+        types = torch.cat([one["mm_token_type_ids"], torch.zeros_like(new)], dim=1)
+        more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
+        with torch.no_grad():
+            logits = predictor.network(**{**one, **more}).logits[0]
+        for place, token, options in expected:
+            assert token == options[int(logits[place - 1, list(options)].argmax())]
+
+
+def test_regression_checkpoint(demo, tmp_path):
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 8, "--batch-size", 4, "--steps", 0,
+             "--tower-steps", 150, "--out", tmp_path / "run")
+    run_main(infer, demo / "train.jsonl", "--limit", 8, "--model", tmp_path / "run", "--batch-size", 3,
+             "--out", tmp_path / "p.jsonl")
+    found, truth = read_jsonl(tmp_path / "p.jsonl"), read_jsonl(demo / "train.jsonl")[:8]
+    predicted, true = (np.array([[record["coefficients"][name] for name in NAMES] for record in records])
+                       for records in (found, truth))
+    assert np.sqrt(((predicted - true) ** 2).mean()) < 0.5 * true.std(axis=0).mean()
+    assert found[0]["std"] is None and found[0]["description"] is None
+
+
 def test_adapter_equals_the_trained_model_and_refuses_strangers(demo, tmp_path):
     folder = make_qwen(tmp_path / "hub", "qwen3_vl")
     args = distill.parse_args(["--model", str(folder), "--lora-rank", "3", "--out", str(tmp_path / "run")])
@@ -655,7 +713,7 @@ def test_adapter_equals_the_trained_model_and_refuses_strangers(demo, tmp_path):
         weight.copy_(torch.randn(weight.shape))
     run = {**vars(args), "prompt": distill.PROMPT}
     (tmp_path / "run").mkdir()
-    distill.save_checkpoint(tmp_path / "run", model.eval(), tokenizer, image_processor, run)
+    distill.save_checkpoint(tmp_path / "run", model.eval(), None, tokenizer, image_processor, run)
     predictor = infer.load(tmp_path / "run")
     inputs = infer.prepare(predictor, [Image.new("RGB", (64, 64), "red")])
     with torch.no_grad():
@@ -841,6 +899,19 @@ def test_metrics_against_numpy():
     assert len(left) == 18 and m["asymmetry"] == pytest.approx(np.abs(tilts[0] - tilts[1]).mean(), abs=1e-12)
 
 
+def test_metrics_equal_those_of_scipy_and_scikit_learn():
+    """The expected values are what scipy 1.17.1 and scikit-learn 1.9.1 give for these arrays."""
+    k = np.arange(40)
+    true = np.stack([np.clip(np.sin(k * (c + 3)), 0, 1) for c in range(52)], axis=1)
+    predicted = np.clip(0.8 * true + 0.1 * np.cos(k[:, None] * 7 + np.arange(52)) ** 2, 0, 1)
+    expected = {"mae": 0.06865854089342599, "rmse": 0.08537527081535595, "f1": 0.979858464888405,
+                "pearson_median": 0.9935772653815745, "pearson_mean": 0.991913109991661}
+    found = evaluate.metrics(predicted, true)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    rank = evaluate.spearman(predicted.ravel(), np.abs(predicted - true).ravel())
+    assert rank == pytest.approx(0.7199235313123631, abs=1e-9)
+
+
 def test_agreement_coefficients_on_worked_examples():
     # Lin's CCC and ICC(3,1) from the two-way table of variance, by hand: two raters, n = 4.
     x, y = np.array([0.1, 0.2, 0.3, 0.6]), np.array([0.2, 0.2, 0.4, 0.4])
@@ -908,6 +979,29 @@ def test_models_are_compared_in_pairs_by_field_and_on_a_rig(demo, tmp_path, caps
     assert results["rig_unit"] == "cm" and Image.open(tmp_path / "m.png").size == (1800, 1180)
     expected = 10 * results["model"]["mae"]  # every coefficient but tongueOut moves one of 52 points by 10 mm
     assert results["model"]["vertex_mm"] == pytest.approx(expected, rel=0.05)
+
+
+def test_a_folder_is_a_method_and_its_seeds_are_averaged(demo, tmp_path):
+    records = read_jsonl(demo / "val.jsonl")
+    rng = np.random.default_rng(0)
+    for name, noises in (("sure", (0.05, 0.05, 0.05)), ("unsure", (0.02, 0.08, 0.14))):
+        for seed, noise in enumerate(noises):
+            moved = [{name: float(np.clip(value + rng.normal(0, noise), 0, 1)) for name, value in
+                      record["coefficients"].items()} for record in records]
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_jsonl(tmp_path / name / f"{seed}.jsonl",
+                        [{"image": str(demo / record["image"]), "coefficients": coefficients, "error": None}
+                         for record, coefficients in zip(records, moved)])
+    run_main(evaluate, tmp_path / "sure", tmp_path / "unsure", demo / "val.jsonl", "--out", tmp_path / "m.json")
+    results = json.loads((tmp_path / "m.json").read_text())
+    for name in map(str, (tmp_path / "sure", tmp_path / "unsure")):
+        rmses = [one["rmse"] for one in results["seeds"][name]]
+        assert len(rmses) == 3 and results["models"][name]["rmse"] == pytest.approx(np.mean(rmses))
+    widths = [np.ptp(ends["rmse"]) for ends in results["all_intervals"].values()]
+    assert widths[1] > 3 * widths[0]  # the seeds differ, which the interval must show
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="holds no .jsonl"):
+        run_main(evaluate, tmp_path / "empty", demo / "val.jsonl", "--out", tmp_path / "m.json")
 
 
 def test_evaluate_compares_with_constants_and_refuses_mismatches(demo, tmp_path, capsys):
