@@ -46,6 +46,7 @@ ARKIT_NAMES = [
     "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
     "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
+NAME_SET, PICK = set(ARKIT_NAMES), operator.itemgetter(*ARKIT_NAMES)
 REGIONS = {"brows": "brow", "eyes": "eye", "nose": "nose", "cheeks": "cheek", "mouth": "mouth",
            "jaw": "jaw", "tongue": "tongue"}  # how the names of a region start
 FIELDS = ["expression_category", "symmetry"]  # compared word for word
@@ -84,7 +85,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def read_records(path: Path, allow_errors: bool = False) -> dict[str, dict]:
     """Reads records by the absolute path of their picture. SystemExit names an unusable or repeated line.
 
-    A record with "error" set passes if `allow_errors`; others must hold the 52 coefficients, 0 to 1 each.
+    "coefficients" and "std" become arrays (C,), which take a tenth of the memory. A record with "error" set
+    passes if `allow_errors`; others must hold the 52 coefficients, 0 to 1 each.
     """
     if not path.is_file() or path.stat().st_size == 0:
         state = "is empty" if path.is_file() else "does not exist"
@@ -101,32 +103,30 @@ def read_records(path: Path, allow_errors: bool = False) -> dict[str, dict]:
             raise SystemExit(f"{where}: no record with an \"image\" ({error}); {fix}")
         if image in records:
             raise SystemExit(f"{where}: a second record of {record['image']}; expected one a picture")
-        if not (allow_errors and record.get("error")):
-            check_coefficients(record.get("coefficients"), where)
-        records[image] = record
+        row = row_of(record.get("coefficients"))
+        if row is None and not (allow_errors and record.get("error")):
+            complain(record.get("coefficients"), where)
+        records[image] = {**record, "coefficients": row, "std": row_of(record.get("std"))}
     return records
 
 
-def is_plain(coefficients) -> bool:
-    """Whether these are the 52 in order, as floats from 0 to 1; then nothing is left to check."""
-    if type(coefficients) is not dict or list(coefficients) != ARKIT_NAMES:
-        return False
-    values = coefficients.values()
-    if set(map(type, values)) != {float} or math.isnan(sum(values)):
-        return False
-    return 0 <= min(values) and max(values) <= 1
+def row_of(numbers) -> np.ndarray | None:
+    """The values of {name: number} in the order of ARKIT_NAMES (C,); None unless all are from 0 to 1."""
+    if not isinstance(numbers, dict) or numbers.keys() != NAME_SET:
+        return None
+    values = PICK(numbers)
+    if not set(map(type, values)) <= {int, float} or math.isnan(sum(values)):
+        return None
+    return np.array(values, dtype=np.float64) if 0 <= min(values) and max(values) <= 1 else None
 
 
-def check_coefficients(coefficients, where: str) -> None:
-    """Raises SystemExit unless `coefficients` holds exactly the 52 names, each a number from 0 to 1."""
-    if is_plain(coefficients):
-        return
-    is_dict = isinstance(coefficients, dict)
-    if not is_dict or set(coefficients) != set(ARKIT_NAMES):
-        given = sorted(set(coefficients) ^ set(ARKIT_NAMES))[:5] if is_dict else coefficients
+def complain(coefficients, where: str) -> None:
+    """Raises SystemExit, saying what is wrong with coefficients of which `row_of` made nothing."""
+    if not isinstance(coefficients, dict) or coefficients.keys() != NAME_SET:
+        given = sorted(coefficients.keys() ^ NAME_SET)[:5] if isinstance(coefficients, dict) else coefficients
         raise SystemExit(f"{where}: missing or unknown coefficients {given}; expected the 52 ARKit names")
     for name, value in coefficients.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if type(value) not in (int, float) or not 0 <= value <= 1:
             raise SystemExit(f"{where}: {name} is {value!r}; expected a number from 0 to 1")
 
 
@@ -148,21 +148,21 @@ def match(predictions: dict, truth: dict) -> None:
                          "run infer.py on the truth file")
 
 
-def as_array(records: list[dict]) -> np.ndarray:
-    """Coefficients of records as an array (N, C)."""
-    pick = operator.itemgetter(*ARKIT_NAMES)
-    return np.array([pick(record["coefficients"]) for record in records], dtype=np.float64)
+def stack(records: list[dict], field: str = "coefficients") -> np.ndarray:
+    """The arrays of records as one (N, C)."""
+    return np.stack([record[field] for record in records])
 
 
 # ---------------------------------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------------------------------
 
-def group_sums(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def group_sums(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
     """All that the metrics need, summed over the images of each group: two (N, C) and (N,) -> (G, 12, C).
 
-    Values are taken relative to the truth's mean, which no metric sees but which keeps the sums exact.
+    Without groups all images are one. Values are taken relative to the truth's mean, which no metric sees but which keeps the sums exact.
     """
+    groups = np.zeros(len(true), dtype=int) if groups is None else groups
     x, y = predicted - true.mean(axis=0), true - true.mean(axis=0)
     seen, active = predicted >= ACTIVE, true >= ACTIVE
     tilt = np.zeros_like(x)
@@ -226,8 +226,7 @@ def metrics(predicted: np.ndarray, true: np.ndarray) -> dict:
     counts the others. f1: of "active" (0.15 or more) over all. asymmetry: mean absolute error of left minus
     right over the pairs.
     """
-    sums = group_sums(predicted, true, np.zeros(len(true), dtype=int))[0]
-    return as_numbers(summary(sums))
+    return as_numbers(summary(group_sums(predicted, true)[0]))
 
 
 def as_numbers(values: dict) -> dict:
@@ -236,11 +235,10 @@ def as_numbers(values: dict) -> dict:
     return {name: int(value) if name in counts else float(value) + 0.0 for name, value in values.items()}
 
 
-def by_coefficient(predicted: np.ndarray, true: np.ndarray) -> dict[str, dict]:
-    """mae, rmse, pearson, ccc and icc (None where the truth never varies) of each coefficient."""
-    each = per_coefficient(group_sums(predicted, true, np.zeros(len(true), dtype=int))[0])
+def by_coefficient(sums: np.ndarray) -> dict[str, dict]:
+    """mae, rmse, pearson, ccc and icc (None where the truth never varies) of each, from sums (12, C)."""
     plain = {metric: [None if np.isnan(value) else float(value) for value in values]
-             for metric, values in each.items()}
+             for metric, values in per_coefficient(sums).items()}
     return {name: {metric: values[k] for metric, values in plain.items()}
             for k, name in enumerate(ARKIT_NAMES)}
 
@@ -261,11 +259,10 @@ def resampled(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float), groups
 
 
-def bootstrap(predicted: np.ndarray, true: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> dict:
-    """The metrics in each bootstrap sample, (R,) each."""
-    sums = group_sums(predicted, true, groups)
-    mixed = (weights @ sums.reshape(len(sums), -1)).reshape(len(weights), *sums.shape[1:])  # (R, 12, C)
-    return summary(mixed)
+def bootstrap(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The sums (R, 12, C) of bootstrap samples that hold each group with its sums (G, 12, C) as often as
+    `weights` (R, G) says."""
+    return np.tensordot(weights, sums, axes=1)
 
 
 def mean_of_seeds(samples: list[dict], seed: int) -> dict:
@@ -280,6 +277,42 @@ def mean_of_seeds(samples: list[dict], seed: int) -> dict:
 def interval(samples: np.ndarray) -> list[float]:
     """The 95% percentile interval (Efron & Tibshirani 1993, Ch. 13)."""
     return [float(end) for end in np.percentile(samples, (2.5, 97.5))]
+
+
+def mean_of_dicts(parts: list[dict]) -> dict[str, float]:
+    """The mean of each number."""
+    return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+
+
+def compare(sums: dict[str, list], weights: np.ndarray, seed: int) -> dict:
+    """Metrics of each file, with intervals, and paired differences from the first; `sums`: (G, 12, C) a seed."""
+    samples = {file: mean_of_seeds([summary(bootstrap(one, weights)) for one in each], seed)
+               for file, each in sums.items()}
+    seeds = {file: [as_numbers(summary(one.sum(axis=0))) for one in each] for file, each in sums.items()}
+    base, *others = samples
+    shown = [name for name in ("mae", "rmse", "pearson_median") if name in samples[base]]
+    return {
+        "seeds": seeds,
+        "models": {file: mean_of_dicts(each) for file, each in seeds.items()},
+        "all_intervals": {file: {name: interval(values[name]) for name in shown}
+                          for file, values in samples.items()},
+        "differences": {f"{file} minus {base}":
+                        {name: interval(samples[file][name] - samples[base][name]) for name in shown}
+                        for file in others},
+    }
+
+
+def by_part(sums: np.ndarray, blind: np.ndarray, weights: np.ndarray) -> dict:
+    """Metrics by coefficient and by region from sums (G, 12, C), beside those of a `blind` predictor (12, C)."""
+    total, samples, regions = sums.sum(axis=0), bootstrap(sums, weights), {}
+    for region, start in REGIONS.items():
+        columns = [k for k, name in enumerate(ARKIT_NAMES) if name.startswith(start)]
+        regions[region] = {"coefficients": len(columns), **as_numbers(summary(total[:, columns])),
+                           "interval": interval(summary(samples[..., columns])["rmse"]),
+                           "baseline": float(summary(blind[:, columns])["rmse"])}
+    baseline = per_coefficient(blind)["rmse"].tolist()
+    return {"by_coefficient": by_coefficient(total), "by_region": regions,
+            "baseline_rmse": dict(zip(ARKIT_NAMES, baseline))}
 
 
 def constants(truth: np.ndarray, train: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -499,13 +532,11 @@ def main(args: argparse.Namespace) -> None:
     if not readable:
         raise SystemExit(f"{files[0]}: none of {len(truth)} pictures has a prediction; nothing to compare")
     true_records = [truth[image] for image in readable]
-    true = as_array(true_records)
-    predicted = {file: [as_array([run[image] for image in readable]) for run in method]
+    true = stack(true_records)
+    predicted = {file: [stack([run[image] for image in readable]) for run in method]
                  for file, method in methods.items()}
-    first, first_run = predicted[files[0]][0], methods[files[0]][0]
     train_path = Path(args.train) if args.train else Path(truth_file).with_name("train.jsonl")
-    train = as_array(list(read_records(train_path).values())) if args.train or train_path.is_file() else None
-    unseeing = constants(true, train)
+    train = stack(list(read_records(train_path).values())) if args.train or train_path.is_file() else None
     if args.by and args.by not in true_records[0]:
         raise SystemExit(f"--by {args.by}: the records of {truth_file} have no such field; they have "
                          f"{', '.join(true_records[0])}")
@@ -516,54 +547,37 @@ def main(args: argparse.Namespace) -> None:
     if len(people) < 5:  # too few to resample
         groups = np.arange(len(readable))
     weights, groups = resampled(groups, args.seed)
-    samples = {file: mean_of_seeds([bootstrap(values, true, weights, groups) for values in seeds], args.seed)
-               for file, seeds in predicted.items()}
-    shown = [name for name in ("mae", "rmse", "pearson_median") if name in samples[files[0]]]
-    seeds = {file: [metrics(values, true) for values in arrays] for file, arrays in predicted.items()}
-    results = {
-        "predictions": files, "truth": truth_file, "images": len(truth), "errors": len(truth) - len(readable),
-        "seeds": seeds,
-        "models": {file: {name: float(np.mean([one[name] for one in each])) for name in each[0]}
-                   for file, each in seeds.items()},
-        "all_intervals": {file: {name: interval(values[name]) for name in shown}
-                          for file, values in samples.items()},
-        "differences": {f"{file} minus {files[0]}":
-                        {name: interval(samples[file][name] - samples[files[0]][name]) for name in shown}
-                        for file in files[1:]},
-        "constants": {name: metrics(constant, true) for name, constant in unseeing.items()},
-        # What follows is of the first file alone.
-        "by_coefficient": by_coefficient(first, true), "by_region": {}, "by": {},
-        "description": agreement([first_run[image] for image in readable], true_records),
-    }
-    stds = [first_run[image].get("std") for image in readable]
-    if all(isinstance(std, dict) and set(std) == set(ARKIT_NAMES) for std in stds):
-        spread = np.array([[std[name] for name in ARKIT_NAMES] for std in stds], dtype=float)
+    results = {"predictions": files, "truth": truth_file, "images": len(truth),
+               "errors": len(truth) - len(readable)}
+    sums = {file: [group_sums(values, true, groups) for values in arrays]
+            for file, arrays in predicted.items()}
+    results |= compare(sums, weights, args.seed)
+    # What follows is of the first file alone.
+    first, first_records = predicted[files[0]][0], [methods[files[0]][0][image] for image in readable]
+    results["description"] = agreement(first_records, true_records)
+    if all(record["std"] is not None for record in first_records):
+        spread = stack(first_records, "std")
         if spread.std() > 0:
             results["std_spearman"] = spearman(spread.ravel(), np.abs(first - true).ravel())
-    if rig:
-        deltas, lips, results["rig_unit"] = rig
-        for file, arrays in predicted.items():
-            errors = [vertex_errors(values, true, deltas, lips) for values in arrays]
-            results["models"][file] |= {name: float(np.mean([one[name] for one in errors]))
-                                        for name in errors[0]}
-        for name, constant in unseeing.items():
-            results["constants"][name] |= vertex_errors(constant, true, deltas, lips)
-    results["model"], results["intervals"] = results["models"][files[0]], results["all_intervals"][files[0]]
-    blind = unseeing["zeros" if train is None else "train mean"]
-    results["baseline_rmse"] = {name: float(np.sqrt(((blind - true)[:, k] ** 2).mean()))
-                                for k, name in enumerate(ARKIT_NAMES)}
-    for region, start in REGIONS.items():
-        columns = [k for k, name in enumerate(ARKIT_NAMES) if name.startswith(start)]
-        part, part_true = first[:, columns], true[:, columns]
-        ends = interval(bootstrap(part, part_true, weights, groups)["rmse"])
-        baseline = metrics(blind[:, columns], part_true)["rmse"]
-        results["by_region"][region] = {"coefficients": len(columns), **metrics(part, part_true),
-                                        "interval": ends, "baseline": baseline}
+    unseeing = constants(true, train)
+    constant_sums = {name: group_sums(constant, true)[0] for name, constant in unseeing.items()}
+    results["constants"] = {name: as_numbers(summary(one)) for name, one in constant_sums.items()}
+    blind = constant_sums["zeros" if train is None else "train mean"]
+    results |= by_part(sums[files[0]][0], blind, weights)
+    results["by"] = {}
     if args.by:
         places, values = numbered([str(record.get(args.by)) for record in true_records])
         for place, value in enumerate(values):
             chosen = places == place
             results["by"][value] = {"images": int(chosen.sum()), **metrics(first[chosen], true[chosen])}
+    if rig:
+        deltas, lips, results["rig_unit"] = rig
+        for file, arrays in predicted.items():
+            errors = [vertex_errors(values, true, deltas, lips) for values in arrays]
+            results["models"][file] |= mean_of_dicts(errors)
+        for name, constant in unseeing.items():
+            results["constants"][name] |= vertex_errors(constant, true, deltas, lips)
+    results["model"], results["intervals"] = results["models"][files[0]], results["all_intervals"][files[0]]
     print_report(results)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -50,6 +50,10 @@ def read_jsonl(path: Path) -> list:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def as_array(records: list) -> np.ndarray:
+    return np.array([[record["coefficients"][name] for name in NAMES] for record in records])
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """A demo of 240 faces."""
@@ -78,7 +82,6 @@ def test_shared_blocks_are_identical():
     assert len({re.search(r"# The 52 names.*?\n\]", source, re.S).group() for source in sources}) == 1
     for name in ("open_image", "prompt_text", "answer_skeleton"):
         assert inspect.getsource(getattr(distill, name)) == inspect.getsource(getattr(infer, name))
-    assert inspect.getsource(annotate.is_plain) == inspect.getsource(evaluate.is_plain)
     assert (distill.FIELDS, distill.VALUES, distill.PARTS) == (infer.FIELDS, infer.VALUES, infer.PARTS)
 
 
@@ -443,7 +446,7 @@ def test_tiny_model_learns_faces_by_heart(trained, demo):
     predictor = infer.load(trained)
     records = read_jsonl(demo / "train.jsonl")[:8]
     predictions = infer.predict(predictor, [demo / record["image"] for record in records], kind="mode")
-    predicted, true = evaluate.as_array(predictions), evaluate.as_array(records)
+    predicted, true = as_array(predictions), as_array(records)
     assert np.abs(predicted - true).mean() < 0.04 < np.abs(true).mean()
     same = [p["description"] == r["description"] for p, r in zip(predictions, records)]
     assert np.mean(same) > 0.7
@@ -696,8 +699,7 @@ def test_regression_checkpoint(demo, tmp_path):
     run_main(infer, demo / "train.jsonl", "--limit", 8, "--model", tmp_path / "run", "--batch-size", 3,
              "--out", tmp_path / "p.jsonl")
     found, truth = read_jsonl(tmp_path / "p.jsonl"), read_jsonl(demo / "train.jsonl")[:8]
-    predicted, true = (np.array([[record["coefficients"][name] for name in NAMES] for record in records])
-                       for records in (found, truth))
+    predicted, true = as_array(found), as_array(truth)
     assert np.sqrt(((predicted - true) ** 2).mean()) < 0.5 * true.std(axis=0).mean()
     assert found[0]["std"] is None and found[0]["description"] is None
 
@@ -877,13 +879,17 @@ def test_interrupted_inference_goes_on(trained, demo, tmp_path, monkeypatch):
 # evaluate.py
 # ---------------------------------------------------------------------------------------------------
 
+def by_coefficient(predicted, true) -> dict:
+    return evaluate.by_coefficient(evaluate.group_sums(predicted, true)[0])
+
+
 def test_metrics_against_numpy():
     rng = np.random.default_rng(0)
     true, predicted = rng.random((50, 52)), rng.random((50, 52))
     true[:, 3] = 0.0  # never varies: no correlation
     predicted[:, 4] = 0.5  # predicted constant: correlation 0
     m = evaluate.metrics(predicted, true)
-    r = np.array([values["pearson"] for values in evaluate.by_coefficient(predicted, true).values()], dtype=float)
+    r = np.array([values["pearson"] for values in by_coefficient(predicted, true).values()], dtype=float)
     expected = [np.corrcoef(predicted[:, k], true[:, k])[0, 1] for k in range(52) if k not in (3, 4)]
     assert np.isnan(r[3]) and r[4] == 0.0 and m["constant"] == 1
     assert np.delete(r, [3, 4]) == pytest.approx(expected, abs=1e-9)
@@ -920,15 +926,15 @@ def test_agreement_coefficients_on_worked_examples():
     columns = 4 * sum((rater.mean() - grand) ** 2 for rater in (x, y))
     total = ((x - grand) ** 2).sum() + ((y - grand) ** 2).sum()
     error = (total - 3 * between - columns) / 3  # MSE
-    each = evaluate.by_coefficient(np.tile(x[:, None], 52), np.tile(y[:, None], 52))["jawOpen"]
+    each = by_coefficient(np.tile(x[:, None], 52), np.tile(y[:, None], 52))["jawOpen"]
     assert each["icc"] == pytest.approx((between - error) / (between + error), abs=1e-9)
     assert each["icc"] == pytest.approx(2 / 3, abs=1e-9)  # cov 0.015, variances 0.035 and 0.01
     assert each["ccc"] == pytest.approx(2 * 0.015 / (0.035 + 0.01), abs=1e-9)  # the means are equal
-    each = evaluate.by_coefficient(np.tile(x[:, None] + 0.1, 52), np.tile(y[:, None], 52))["jawOpen"]
+    each = by_coefficient(np.tile(x[:, None] + 0.1, 52), np.tile(y[:, None], 52))["jawOpen"]
     assert each["ccc"] == pytest.approx(0.03 / (0.045 + 0.01), abs=1e-9)
     # Shrout & Fleiss (1979), Table 2, judges 1 and 2, in tenths.
     one, two = np.array([9, 6, 8, 7, 10, 6]) / 10, np.array([2, 1, 4, 1, 5, 2]) / 10
-    each = evaluate.by_coefficient(np.tile(one[:, None], 52), np.tile(two[:, None], 52))["jawOpen"]
+    each = by_coefficient(np.tile(one[:, None], 52), np.tile(two[:, None], 52))["jawOpen"]
     covariance = np.cov(one, two)
     assert each["icc"] == pytest.approx(2 * covariance[0, 1] / (covariance[0, 0] + covariance[1, 1]), abs=1e-9)
 
@@ -940,6 +946,10 @@ def test_rank_correlation():
     assert tied == pytest.approx(-4.5 / (4.5 * 5) ** 0.5)
 
 
+def resample(predicted, true, weights, groups) -> dict:
+    return evaluate.summary(evaluate.bootstrap(evaluate.group_sums(predicted, true, groups), weights))
+
+
 def test_intervals_cover_the_truth_and_resample_people():
     rng = np.random.default_rng(0)
     covered, widths = 0, {}
@@ -949,12 +959,12 @@ def test_intervals_cover_the_truth_and_resample_people():
         groups = {"people": np.arange(300) // 5, "images": np.arange(300)}
         for name, group in groups.items():
             weights, group = evaluate.resampled(group, trial)
-            low, high = evaluate.interval(evaluate.bootstrap(true + error, true, weights, group)["rmse"])
+            low, high = evaluate.interval(resample(true + error, true, weights, group)["rmse"])
             widths.setdefault(name, []).append(high - low)
             covered += name == "people" and low <= 0.1 <= high
     assert covered >= 34 and np.mean(widths["people"]) > 1.5 * np.mean(widths["images"])
-    sums = evaluate.bootstrap(true + error, true, np.ones((1, 60)), groups["people"])
-    assert sums["rmse"][0] == pytest.approx(evaluate.metrics(true + error, true)["rmse"], abs=1e-12)
+    once = resample(true + error, true, np.ones((1, 60)), groups["people"])
+    assert once["rmse"][0] == pytest.approx(evaluate.metrics(true + error, true)["rmse"], abs=1e-12)
 
 
 def test_models_are_compared_in_pairs_by_field_and_on_a_rig(demo, tmp_path, capsys):
@@ -1014,8 +1024,8 @@ def test_evaluate_compares_with_constants_and_refuses_mismatches(demo, tmp_path,
     results = json.loads((tmp_path / "m.json").read_text())
     assert results["model"]["rmse"] == 0 and results["errors"] == 1
     assert set(results["description"].values()) == {1.0} and len(results["description"]) == 5
-    true = evaluate.as_array(records[1:])
-    mean = evaluate.as_array(read_jsonl(demo / "train.jsonl")).mean(axis=0)
+    true = as_array(records[1:])
+    mean = as_array(read_jsonl(demo / "train.jsonl")).mean(axis=0)
     assert results["constants"]["train mean"]["rmse"] == pytest.approx(np.sqrt(((true - mean) ** 2).mean()))
     assert "1 without prediction" in capsys.readouterr().out
     cases = ((perfect[1:], "1 pictures have no prediction"), (perfect + perfect[:1], "second record"),
