@@ -196,12 +196,33 @@ def read_input(path: Path, pictures: list[str] | None, every: int, counts: Count
 
 def is_plain(coefficients) -> bool:
     """Whether these are the 52 in order, as floats from 0 to 1; then nothing is left to check."""
-    if type(coefficients) is not dict or list(coefficients) != ARKIT_NAMES:
+    if not isinstance(coefficients, dict) or list(coefficients) != ARKIT_NAMES:
         return False
     values = coefficients.values()
     if set(map(type, values)) != {float} or math.isnan(sum(values)):
         return False
     return 0 <= min(values) and max(values) <= 1
+
+
+class Numbers(dict):
+    """Coefficients with the JSON text they came in, which is copied out again: that is exact, and fast."""
+
+    text = None
+
+
+def read_line(line: str):
+    """The JSON value of a line, its coefficients as Numbers if they stand where they do in a record."""
+    head, name, rest = line.partition('"coefficients": {')
+    text, brace, tail = rest.partition("}")
+    try:
+        record = json.loads(head + name + brace + tail)
+        if head.count("{") == 1 and record["coefficients"] == {}:
+            record["coefficients"] = Numbers(json.loads(f"{{{text}}}"))
+            record["coefficients"].text = f"{{{text}}}"
+            return record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # some other form
+    return json.loads(line)
 
 
 def rows_of_jsonl(path: Path, text: str, counts: Counter) -> list[tuple]:
@@ -210,7 +231,7 @@ def rows_of_jsonl(path: Path, text: str, counts: Counter) -> list[tuple]:
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            record = read_line(line)
         except (ValueError, RecursionError) as error:
             raise SystemExit(f"{where}: not JSON ({error}); expected one object a line, delete a torn one")
         for place, row in rows_of_json(path, record, where):
@@ -300,7 +321,11 @@ def record_line(record: dict, folder: str, description: dict, annotator: str) ->
     """The line of an annotated record, its image relative to `folder`."""
     image = relative_image(record.get("image"), folder)
     line = {**record, "image": image, "description": description, "annotator": annotator}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    text = getattr(record["coefficients"], "text", None)
+    if not text:
+        return json.dumps(line, ensure_ascii=False) + "\n"
+    line = json.dumps({**line, "coefficients": None}, ensure_ascii=False)
+    return line.replace('"coefficients": null', f'"coefficients": {text}', 1) + "\n"
 
 
 def write_records(path: Path, records: list[dict]) -> None:
@@ -392,49 +417,45 @@ def phrase_table(noun: str, verb: str, paired: bool) -> list:
     return table
 
 
-def movement_tables() -> list[tuple]:
-    """(region, [(column, column, phrases)], columns of its Left and of its Right actions) of each region."""
-    column = {name: k for k, name in enumerate(ARKIT_NAMES)}
-    tables = []
-    for region, actions in MOVEMENTS.items():
-        phrases, pairs = [], []
-        for key, (noun, verb) in actions.items():
-            columns = [column[name] for name in sides(key)]
-            phrases.append((columns[0], columns[-1], phrase_table(noun, verb, len(columns) == 2)))
-            if key.endswith("_") and not key.startswith("eyeLook"):  # the eyes look one way, more or less
-                pairs.append(columns)
-        tables.append((region, phrases, np.array(pairs, dtype=int).reshape(-1, 2)))
-    return tables
-
-
-TABLES = movement_tables()
+ACTIONS = [(region, [ARKIT_NAMES.index(name) for name in sides(key)], key, *words)
+           for region, actions in MOVEMENTS.items() for key, words in actions.items()]
+LEFT = np.array([columns[0] for _, columns, *_ in ACTIONS])  # the same where an action has one column
+RIGHT = np.array([columns[-1] for _, columns, *_ in ACTIONS])
+PHRASES = [(region, phrase_table(noun, verb, len(columns) == 2))
+           for region, columns, _, noun, verb in ACTIONS]
+# The pairs of each region; not gaze, since the eyes look one way, more or less.
+PAIRS = {region.lower(): [columns for other, columns, key, *_ in ACTIONS
+                          if other == region and key.endswith("_") and not key.startswith("eyeLook")]
+         for region in MOVEMENTS}
 
 
 def describe_all(values: np.ndarray) -> list[dict]:
     """The descriptions of rows of coefficients (N, C), in the order of ARKIT_NAMES."""
     bands = np.digitize(values, [ACTIVE] + [end for end, _ in BANDS[:-1]])  # (N, C): 0 is inactive
-    categories = classify(values)
-    tilts = []  # of each region with pairs: the widest difference of left and right (N,)
-    for region, _, pairs in TABLES:
-        if len(pairs):
-            difference = values[:, pairs[:, 0]] - values[:, pairs[:, 1]]  # (N, pairs)
+    left, right = bands[:, LEFT], bands[:, RIGHT]  # (N, actions)
+    movements = [{} for _ in values]  # phrases of each row by region
+    rows, actions = np.nonzero(left + right)
+    found = zip(rows.tolist(), actions.tolist(), left[rows, actions].tolist(), right[rows, actions].tolist())
+    for row, action, left_band, right_band in found:
+        region, phrases = PHRASES[action]
+        movements[row].setdefault(region, []).append(phrases[left_band][right_band])
+    stronger = [[] for _ in values]  # sides of each row
+    for region, pairs in PAIRS.items():
+        if pairs:
+            first, second = np.array(pairs).T
+            difference = values[:, first] - values[:, second]  # (N, pairs)
             widest = np.abs(difference).argmax(axis=1)
-            tilts.append((region.lower(), difference[np.arange(len(values)), widest].tolist()))
+            tilts = difference[np.arange(len(values)), widest]  # (N,)
+            for row in np.flatnonzero(np.abs(tilts) >= ACTIVE).tolist():
+                stronger[row].append(f"{'left' if tilts[row] > 0 else 'right'} {region}")
     descriptions = []
-    for k, row in enumerate(bands.tolist()):
-        sentences = []
-        for region, actions, _ in TABLES:
-            phrases = [table[row[left]][row[right]] for left, right, table in actions
-                       if row[left] or row[right]]
-            if phrases:
-                sentences.append(f"{region}: {', '.join(phrases)}.")
-        stronger = [f"{'left' if tilt[k] > 0 else 'right'} {region}" for region, tilt in tilts
-                    if abs(tilt[k]) >= ACTIVE]
+    for (category, implication), regions, tilted in zip(classify(values), movements, stronger):
+        sentences = [f"{region}: {', '.join(phrases)}." for region, phrases in regions.items()]
         descriptions.append({
-            "expression_category": categories[k][0],
+            "expression_category": category,
             "muscle_movements": " ".join(sentences) or "No visible movement.",
-            "emotional_implication": categories[k][1],
-            "symmetry": f"stronger on the {', '.join(stronger)}" if stronger else "symmetric"})
+            "emotional_implication": implication,
+            "symmetry": f"stronger on the {', '.join(tilted)}" if tilted else "symmetric"})
     return descriptions
 
 
@@ -568,7 +589,8 @@ STYLES = {
     "comic": {
         "skins": [(244, 232, 120), (200, 230, 150), (150, 210, 210), (150, 170, 230), (200, 150, 220),
                   (240, 170, 190)],
-        "hairs": [(20, 60, 120), (170, 40, 90), (30, 110, 70), (110, 40, 130), (230, 120, 20), (245, 245, 245)],
+        "hairs": [(20, 60, 120), (170, 40, 90), (30, 110, 70), (110, 40, 130), (230, 120, 20),
+                  (245, 245, 245)],
         "irises": [(150, 30, 40), (120, 60, 150), (20, 120, 120), (200, 150, 30)],
         "proportions": {"fringe": (-0.62, -0.5), "width": (0.80, 0.90), "height": (0.70, 0.76),
                         "eye": (1.15, 1.3), "gap": (0.36, 0.41), "brow": (0.03, 0.05), "nose": (0.6, 0.85),

@@ -57,6 +57,10 @@ RESAMPLES = 1000  # of the bootstrap
 MAX_GROUPS = 1000  # more groups than this are merged at random before resampling
 UNITS = {"mm": 1.0, "cm": 10.0, "m": 1000.0}  # millimetres
 LIP_SHAPES = ["mouthRollUpper", "mouthRollLower", "mouthFunnel", "mouthPucker"]
+COLUMNS = {"mae": ("MAE", 8, 4), "rmse": ("RMSE", 8, 4), "pearson_median": ("med. r", 8, 3),
+           "pearson_above_0.8": ("r>0.8", 7, 0), "ccc": ("CCC", 7, 3), "icc": ("ICC", 7, 3),
+           "f1": ("F1", 7, 3), "asymmetry": ("L-R", 7, 4), "vertex_mm": ("mm", 7, 2),
+           "lip_mm": ("lip", 6, 2)}  # of the table: title, width, digits
 BLUE, GREY, INK, GRID = (0, 114, 178), (170, 170, 170), (40, 40, 40), (225, 225, 225)
 
 
@@ -160,7 +164,8 @@ def stack(records: list[dict], field: str = "coefficients") -> np.ndarray:
 def group_sums(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
     """All that the metrics need, summed over the images of each group: two (N, C) and (N,) -> (G, 12, C).
 
-    Without groups all images are one. Values are taken relative to the truth's mean, which no metric sees but which keeps the sums exact.
+    Without groups all images are one. Values are taken relative to the truth's mean, which no metric sees but
+    which keeps the sums exact.
     """
     groups = np.zeros(len(true), dtype=int) if groups is None else groups
     x, y = predicted - true.mean(axis=0), true - true.mean(axis=0)
@@ -266,7 +271,7 @@ def bootstrap(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def mean_of_seeds(samples: list[dict], seed: int) -> dict:
-    """Each metric in R bootstrap samples (R,), as the mean over S training seeds, resampled like the people."""
+    """Each metric in R bootstrap samples (R,): the mean over S training seeds, resampled like the people."""
     rng = np.random.default_rng(seed)
     count = len(samples)
     weights = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count  # (R, S)
@@ -285,7 +290,10 @@ def mean_of_dicts(parts: list[dict]) -> dict[str, float]:
 
 
 def compare(sums: dict[str, list], weights: np.ndarray, seed: int) -> dict:
-    """Metrics of each file, with intervals, and paired differences from the first; `sums`: (G, 12, C) a seed."""
+    """Metrics of each file, with intervals, and paired differences from the first.
+
+    `sums` holds (G, 12, C) for each training seed of each file.
+    """
     samples = {file: mean_of_seeds([summary(bootstrap(one, weights)) for one in each], seed)
                for file, each in sums.items()}
     seeds = {file: [as_numbers(summary(one.sum(axis=0))) for one in each] for file, each in sums.items()}
@@ -303,7 +311,7 @@ def compare(sums: dict[str, list], weights: np.ndarray, seed: int) -> dict:
 
 
 def by_part(sums: np.ndarray, blind: np.ndarray, weights: np.ndarray) -> dict:
-    """Metrics by coefficient and by region from sums (G, 12, C), beside those of a `blind` predictor (12, C)."""
+    """Metrics by coefficient and by region, from sums (G, 12, C), beside those of `blind` sums (12, C)."""
     total, samples, regions = sums.sum(axis=0), bootstrap(sums, weights), {}
     for region, start in REGIONS.items():
         columns = [k for k, name in enumerate(ARKIT_NAMES) if name.startswith(start)]
@@ -412,24 +420,19 @@ def vertex_errors(predicted: np.ndarray, true: np.ndarray, deltas: np.ndarray, l
 
 def print_report(results: dict) -> None:
     """Prints the table that `results` holds."""
-    def row(label: str, m: dict, ends: dict | None = None) -> None:
-        line = f"{label:24.24s} {m['mae']:7.4f} {m['rmse']:7.4f}"
-        r = f" {m['pearson_median']:7.3f} {m['pearson_above_0.8']:6.0f}" if "pearson_median" in m else " " * 15
-        line += r
-        for name in ("ccc", "icc"):
-            line += f" {round(m[name], 3) + 0.0:6.3f}" if name in m else " " * 7
-        line += f" {m['f1']:6.3f}" + (f" {m['asymmetry']:6.4f}" if "asymmetry" in m else " " * 7)
-        line += f"  {m['vertex_mm']:5.2f} {m['lip_mm']:5.2f}" if "vertex_mm" in m else ""
-        print(line.rstrip())
-        if ends:
-            shown = (f"{name} {low:.4f} to {high:.4f}" for name, (low, high) in ends.items())
-            print("    95%: " + ", ".join(shown))
+    def row(label: str, values: dict) -> None:
+        cells = [f"{round(values[name], digits) + 0.0:{width}.{digits}f}" if name in values else " " * width
+                 for name, (_, width, digits) in COLUMNS.items()]
+        print(f"{label[-24:]:24s}{''.join(cells)}".rstrip())
 
     print(f"{results['images']} pictures, {results['errors']} without prediction and left out")
-    header = f"{'':24s}     MAE    RMSE  med. r  r>0.8    CCC    ICC     F1    L-R"
-    print(header + ("     mm   lip" if "vertex_mm" in results["model"] else ""))
+    titles = [f"{title:>{width}s}" for name, (title, width, _) in COLUMNS.items() if name in results["model"]]
+    print(" " * 24 + "".join(titles))
     for name, values in results["models"].items():
-        row(name if len(results["models"]) > 1 else "model", values, results["all_intervals"][name])
+        row(name if len(results["models"]) > 1 else "model", values)
+        ends = [f"{metric} {low:.4f} to {high:.4f}"
+                for metric, (low, high) in results["all_intervals"][name].items()]
+        print(f"    95%: {', '.join(ends)}")
         if len(results["seeds"][name]) > 1:
             each = ", ".join(f"{values['rmse']:.4f}" for values in results["seeds"][name])
             print(f"    means of {len(results['seeds'][name])} seeds; their rmse: {each}")

@@ -220,6 +220,19 @@ def test_other_forms_of_coefficients(tmp_path):
         annotate.read_input(tmp_path / "percent", None, 1, Counter())
 
 
+def test_numbers_are_copied_as_they_stand(tmp_path):
+    numbers = ", ".join(f'"{name}": {"1.0e-3" if name == "jawOpen" else "0.250"}' for name in NAMES)
+    lines = [f'{{"image": null, "identity": "\\"coefficients\\": {{", "coefficients": {{{numbers}}}}}',
+             f'{{"coefficients": {{{numbers}}}, "other": {{"coefficients": {{"jawOpen": 1.0}}}}}}',
+             f'{{"other": {{"coefficients": {{"jawOpen": 1.0}}}}, "coefficients": {{{numbers}}}}}']
+    (tmp_path / "labels.jsonl").write_text("\n".join(lines))
+    run_main(annotate, tmp_path / "labels.jsonl", "--out", tmp_path / "o.jsonl")
+    written = (tmp_path / "o.jsonl").read_text().splitlines()
+    assert numbers in written[1]
+    for line in written:
+        assert json.loads(line)["coefficients"] == {**dict.fromkeys(NAMES, 0.25), "jawOpen": 0.001}
+
+
 def test_empty_and_failed_entries_of_json_lines(tmp_path):
     good, failed = {"coefficients": ZEROS}, {"coefficients": None, "error": "unreadable"}
     path = write_jsonl(tmp_path / "mixed.jsonl", [[], good, [failed, good, failed]])
@@ -668,7 +681,7 @@ def test_numbers_first_answers_are_written_greedily(demo, tmp_path, monkeypatch)
     encode, pieces = predictor.tokenizer.encode, infer.answer_skeleton("numbers-first")
     values = [encode(value)[0] for value in infer.VALUES]
     for row, (numbers, description) in enumerate(zip(chosen.tolist(), texts)):
-        answer, expected, whole = [], [], True
+        answer, expected = [], []
         for k, (text, slot) in enumerate(pieces):
             answer += encode(text)
             start = inputs["input_ids"].shape[1] + len(answer)
