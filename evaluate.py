@@ -472,7 +472,7 @@ def draw_plot(results: dict, predicted: np.ndarray, true: np.ndarray) -> Image.I
     small, large = ImageFont.load_default(15), ImageFont.load_default(24)
     baseline = results["baseline_rmse"]
     draw.text((30, 20), "RMSE by coefficient", INK, large)
-    draw.text((30, 50), "blue: this model, grey line: never looking", INK, small)
+    draw.text((30, 50), "blue: this model, dark line: never looking", INK, small)
     draw.text((520, 20), "Pearson r", INK, large)
     each = results["by_coefficient"]
     top, step, longest = 84, 20.6, max(*baseline.values(), *(values["rmse"] for values in each.values()))
