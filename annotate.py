@@ -2,8 +2,9 @@
 """Stage I of SemanticFace, semantic supervision (arXiv 2603.14827, Sec. 3.1): coefficients -> words.
 
 Turns the 52 ARKit blendshape coefficients of a face into a description with four fields, by rules that
-anyone can check or by a frozen language model, and draws the demo: cartoon faces whose coefficients are
-known, for training, validation and, in a second drawing style, a test of domain shift. Left and right are the subject's: the left eye is on the picture's right.
+anyone can check or by a frozen language model. Also draws the demo: cartoon faces whose coefficients are
+known, for training, validation and, in a second drawing style, a test of domain shift. Left and right are
+the subject's: the left eye is on the picture's right.
 
 Reads:  label or prediction records (.jsonl), Live Link Face takes (.csv), MediaPipe blendshapes (.json),
         told apart by their content; names as eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L; nothing for the demo
