@@ -404,7 +404,7 @@ def decode_text(answers: Answers, ids: torch.Tensor, closing_id: int, pad_id: in
                            device=device)  # (B, 1)
     for text in texts:
         memory.update({(one, two): three for one, two, three in zip(text, text[1:], text[2:])})
-    return [text[start:-1] if text[-1] == closing_id else text[start:] for text in texts]
+    return [text[start:-1] for text in texts]  # without the last token, which closes it or was not fed
 
 
 def number_block(encode, supervision: str) -> tuple[list, list, list]:
