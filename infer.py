@@ -326,27 +326,20 @@ class Answers:
     """B answers in the making: their key-value cache and the mask of its tokens (B, T)."""
 
     def __init__(self, network, inputs: dict):
-        self.network, self.mask = network, inputs["attention_mask"]
+        self.body, self.head, self.mask = network.model, network.lm_head, inputs["attention_mask"]
         self.padded = not bool(self.mask.all())
         self.cache = DynamicCache()
         self.cache.layers = [RoomyLayer() for _ in range(network.config.text_config.num_hidden_layers)]
-        network(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.offset = network.model.rope_deltas  # (B, 1): an image takes fewer positions than tokens
+        self.body(**inputs, past_key_values=self.cache, use_cache=True)
+        self.offset = self.body.rope_deltas  # (B, 1): an image takes fewer positions than tokens
 
-    def feed(self, ids: torch.Tensor, active: torch.Tensor | None = None,
-             places: torch.Tensor | int = 1) -> torch.Tensor:
-        """Appends tokens (B, n), as masked padding where an answer is not `active` (B,).
-
-        Returns the logits (B, ., V) behind the tokens at `places`, or behind the last ones.
-        """
-        added = torch.ones_like(ids) if active is None else active[:, None].expand_as(ids).to(ids.dtype)
-        self.padded = self.padded or active is not None
-        self.mask = torch.cat([self.mask, added], dim=1)  # (B, T + n)
+    def feed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Appends tokens (B, n); returns the hidden states (B, n, D) behind each of them."""
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)  # (B, T + n)
         positions = (self.mask.cumsum(dim=1) - 1)[:, -ids.shape[1]:] + self.offset  # (B, n)
         mask = self.mask if self.padded else None  # without one, attention is faster
-        output = self.network(input_ids=ids, attention_mask=mask, past_key_values=self.cache,
-                              position_ids=positions.expand(3, -1, -1), use_cache=True, logits_to_keep=places)
-        return output.logits.float()
+        return self.body(input_ids=ids, attention_mask=mask, past_key_values=self.cache,
+                         position_ids=positions.expand(3, -1, -1), use_cache=True).last_hidden_state
 
     def take_back(self, count: int) -> None:
         """Removes the last `count` tokens."""
@@ -364,102 +357,115 @@ class Answers:
             self.padded = True
 
 
-def guess(memory: dict, context: list[int], closing_id: int, most: int) -> list[int]:
-    """Up to `most` tokens of a text that followed the same two tokens when they were last written."""
-    guesses, pair = [], tuple(context[-2:])
-    while len(guesses) < most and memory.get(pair, closing_id) != closing_id:
-        guesses.append(memory[pair])
-        pair = (pair[1], memory[pair])
+def guess(memory: dict, context: list[int], field: int, openings: list, closings: list[int]) -> list[int]:
+    """GUESSES tokens, or a few more: what last followed the same two tokens, and the skeleton in between."""
+    guesses = []
+    while len(guesses) < GUESSES and field < len(closings):
+        token = memory.get(tuple((context + guesses)[-2:]))
+        if token is None:
+            break
+        closes = token == closings[field]
+        field += closes
+        guesses += openings[field] if closes else [token]
     return guesses
 
 
-def decode_text(answers: Answers, ids: torch.Tensor, closing_id: int, pad_id: int,
-                memory: dict) -> list[list[int]]:
-    """Greedy decoding behind the skeleton's `ids` (B, n), until the token that closes the text.
+def decode_texts(answers: Answers, unfed: torch.Tensor, openings: list, closings: list[int], pad_id: int,
+                 memory: dict) -> list[list[list[int]]]:
+    """Greedy decoding of the description's fields, each until the token that closes it.
 
-    Guesses from earlier texts, which `memory` holds, are fed along and kept as far as the model agrees: the
-    same words in fewer steps (prompt lookup, as in arXiv 2304.04487). Returns the token ids of each text.
+    `unfed` (B, n) stands in the answers but not in the cache; `openings` are the token ids of the skeleton
+    before each field and, empty, behind the last; `closings` the first token behind each. Guesses from earlier
+    texts, which `memory` holds, are fed along and kept as far as the model agrees: the same words in fewer
+    passes (prompt lookup, as in arXiv 2304.04487). Returns the token ids of each answer's fields.
     """
-    start, device = ids.shape[1], ids.device
-    texts, writing = ids.tolist(), [True] * len(ids)  # skeleton and text; whether it goes on
-    while any(writing):
-        most = min(GUESSES, MAX_TEXT_TOKENS - max(len(text) - start for text in texts) - 1)
-        guesses = [guess(memory, text, closing_id, most) if goes_on else []
-                   for text, goes_on in zip(texts, writing)]
-        width = max(map(len, guesses))
-        padded = [row + [pad_id] * (width - len(row)) for row in guesses]
-        fed = torch.cat([ids, torch.tensor(padded, dtype=ids.dtype, device=device)], dim=1)  # (B, n + width)
-        places = torch.arange(ids.shape[1] - 1, fed.shape[1], device=device)
-        active = None if all(writing) else torch.tensor(writing, device=device)
-        chosen = answers.feed(fed, active, places).argmax(dim=-1).tolist()  # (B, 1 + width)
-        agreed = []
-        for row, (text, words) in enumerate(zip(texts, guesses)):
-            right = [word == choice for word, choice in zip(words, chosen[row])] + [False]
-            agreed.append(right.index(False))
-            if writing[row]:
-                text += chosen[row][:agreed[row] + 1]
-                writing[row] = text[-1] != closing_id and len(text) - start < MAX_TEXT_TOKENS
-        answers.keep(agreed, width)
-        ids = torch.tensor([text[-1:] if goes_on else [pad_id] for text, goes_on in zip(texts, writing)],
-                           device=device)  # (B, 1)
-    for text in texts:
-        memory.update({(one, two): three for one, two, three in zip(text, text[1:], text[2:])})
-    return [text[start:-1] for text in texts]  # without the last token, which closes it or was not fed
+    contexts = [row + openings[0] for row in unfed.tolist()]  # what stands in each answer from here on
+    fed = [0] * len(contexts)  # how many tokens of it are in the cache
+    texts = [[[]] for _ in contexts]  # the fields of each answer, the last of them unfinished
+    while any(len(fields) <= len(FIELDS) for fields in texts):
+        rows = []
+        for context, done, fields in zip(contexts, fed, texts):
+            guesses = guess(memory, context, len(fields) - 1, openings, closings)
+            rows.append(context[done:] + guesses if len(fields) <= len(FIELDS) else [])
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=unfed.device)
+        chosen = answers.head(answers.feed(ids)).argmax(dim=-1).tolist()  # (B, width)
+        kept = [0] * len(rows)
+        for k, (row, fields) in enumerate(zip(rows, texts)):
+            certain = contexts[k][fed[k]:]
+            # While all certain tokens were fed, what the model chose behind them is certain too.
+            while len(fields) <= len(FIELDS) and row[:len(certain)] == certain:
+                kept[k] = len(certain)
+                token = chosen[k][len(certain) - 1]
+                if token == closings[len(fields) - 1] or len(fields[-1]) == MAX_TEXT_TOKENS:
+                    certain += openings[len(fields)]
+                    fields.append([])
+                else:
+                    certain.append(token)
+                    fields[-1].append(token)
+            contexts[k][fed[k]:] = certain
+            fed[k] += kept[k]
+        answers.keep(kept, width)
+    for context in contexts:
+        tokens = context + closings[-1:]
+        memory.update({(one, two): three for one, two, three in zip(tokens, tokens[1:], tokens[2:])})
+    return [fields[:len(FIELDS)] for fields in texts]
 
 
-def number_block(encode, supervision: str) -> tuple[list, list, list]:
+def number_block(encode, supervision: str) -> tuple[list, list, list, list]:
     """The token ids of all names and values "0.0", and what is undecided among them.
 
-    Returns ids, the columns of undecided tokens and their options: one token with eleven in the tiny model;
-    where digits are split, "0" or "1", and behind the point ten. S undecided tokens in all.
+    Returns ids, the columns of undecided tokens, the options, and how many of these each column has: one token
+    with eleven in the tiny model; where digits are split, "0" or "1", and ten behind the point.
     """
     values = [encode(value) for value in VALUES]
     assert len({len(value_ids) for value_ids in values}) == 1, f"values differ in length: {values}"
-    ids, columns, options = [], [], []
+    choices = [list(dict.fromkeys(place)) for place in zip(*values)]
+    options = max(choices, key=len)
+    ids, columns, counts = [], [], []
     for text, slot in answer_skeleton(supervision):
         if slot not in ARKIT_NAMES:
             continue
         ids += encode(text)
-        for place in range(len(values[0])):
-            choices = list(dict.fromkeys(value_ids[place] for value_ids in values))
-            if len(choices) > 1:
+        for chosen in choices:
+            if len(chosen) > 1:
+                assert chosen == options[:len(chosen)], f"values share no digits: {values}"
                 columns.append(len(ids))
-                options.append(choices)
-            ids.append(choices[0])
-    return ids, columns, options
+                counts.append(len(chosen))
+            ids.append(chosen[0])
+    return ids, columns, options, counts
 
 
 def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decides all undecided tokens by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
+    """Decides the S undecided tokens by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
 
     A guess for many tokens is fed at once. The first wrong one, and all before it, are then decided exactly
     as by feeding one at a time; those after it have a better guess for the next pass. Returns the logits of
-    the options (B, S, O), -inf where there is none, the greedy choice among them (B, S), and the tokens that
-    are decided and not yet fed (B, n).
+    the O options (B, S, O), -inf where there is none, the greedy choice among them (B, S), and the tokens
+    that are decided and not yet fed (B, n).
     """
-    ids, columns, options = block
-    device, count = answers.mask.device, len(answers.mask)
-    most = max(map(len, options))
-    option_ids = torch.tensor([row + row[:1] * (most - len(row)) for row in options], device=device)  # (S, O)
-    is_option = torch.tensor([[place < len(row) for place in range(most)] for row in options], device=device)
-    tokens = torch.tensor(ids, device=device).repeat(count, 1)  # (B, T)
-    scores = torch.zeros(count, len(columns), most, device=device)
-    choice = torch.zeros(count, len(columns), dtype=torch.long, device=device)
+    ids, columns, options, counts = block
+    device, batch_size = answers.mask.device, len(answers.mask)
+    option_ids = torch.tensor(options, device=device)  # (O,)
+    head = answers.head.weight[option_ids]  # (O, D): no other token can stand here
+    order = torch.arange(len(options), device=device)
+    missing = order >= torch.tensor(counts, device=device)[:, None]  # (S, O)
+    tokens = torch.tensor(ids, device=device).repeat(batch_size, 1)  # (B, T)
+    scores = torch.zeros(batch_size, len(columns), len(options), device=device)
+    choice = torch.zeros(batch_size, len(columns), dtype=torch.long, device=device)
     fed, done = 0, 0  # tokens in the cache, decided tokens
     while done < len(columns):
         window = slice(done, done + WINDOW)
         places = torch.tensor(columns[window], device=device)  # (n,)
         stop = columns[window][-1]
-        logits = answers.feed(tokens[:, fed:stop], places=places - 1 - fed)  # (B, n, V)
-        found = logits.gather(2, option_ids[window].expand(count, -1, -1))  # (B, n, O)
-        scores[:, window] = found.masked_fill(~is_option[window], -torch.inf)
-        guess = choice.clone()
+        hidden = answers.feed(tokens[:, fed:stop])[:, places - 1 - fed]  # (B, n, D)
+        scores[:, window] = (hidden @ head.T).float().masked_fill(missing[window], -torch.inf)  # (B, n, O)
+        before = choice.clone()
         choice[:, window] = scores[:, window].argmax(dim=-1)
         if len(columns) == 2 * len(ARKIT_NAMES):  # where digits are split, only "0" can follow "1."
             choice[:, 1::2].masked_fill_(choice[:, 0::2] == 1, 0)
-        wrong = (choice != guess)[:, window].any(dim=0).tolist()
-        chosen = choice[:, window, None]  # (B, n, 1)
-        tokens[:, places] = option_ids[window].expand(count, -1, -1).gather(2, chosen)[:, :, 0]
+        wrong = (choice != before)[:, window].any(dim=0).tolist()
+        tokens[:, places] = option_ids[choice[:, window]]
         done += wrong.index(True) + 1 if True in wrong else len(wrong)
         fed = columns[done - 1]  # what was fed behind it may have followed a wrong guess
         answers.take_back(stop - fed)
@@ -481,17 +487,17 @@ def decode_forced(model: SimpleNamespace, inputs: dict, supervision: str) -> tup
     answers = Answers(model.network, inputs)
     descriptions = [{} for _ in inputs["input_ids"]]
     unfed = inputs["input_ids"][:, :0]  # what stands in the answers and has not been fed (B, n)
-    for (text, slot), (following, _) in zip(pieces, pieces[1:]):
-        if slot == ARKIT_NAMES[0]:
+    for part in PARTS[supervision]:
+        if part == "arkit":
             scores, choice, unfed = decode_numbers(answers, model.blocks[supervision])
-        elif slot in FIELDS:
-            skeleton_ids = torch.tensor(encode(text), device=unfed.device).expand(len(unfed), -1)
-            ids = torch.cat([unfed, skeleton_ids], dim=1)
+        else:
+            openings = [encode(text) for text, slot in pieces if slot in FIELDS] + [[]]
+            closings = [encode(text)[0] for (_, slot), (text, _) in zip(pieces, pieces[1:]) if slot in FIELDS]
+            written = decode_texts(answers, unfed, openings, closings, model.tokenizer.pad_token_id,
+                                   model.memory)
+            descriptions = [{field: unescape(model.tokenizer.decode(ids)) for field, ids in zip(FIELDS, texts)}
+                            for texts in written]
             unfed = unfed[:, :0]
-            written = decode_text(answers, ids, encode(following)[0], model.tokenizer.pad_token_id,
-                                  model.memory)
-            for description, text_ids in zip(descriptions, written):
-                description[slot] = unescape(model.tokenizer.decode(text_ids))
     if scores.shape[1] == len(ARKIT_NAMES):
         return scores.softmax(dim=-1), choice, descriptions
     # Digits are split: "0" or "1", then the tenths, of which "1." allows only "0".

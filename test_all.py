@@ -675,9 +675,9 @@ def test_numbers_first_answers_are_written_greedily(demo, tmp_path, monkeypatch)
     predictor = infer.load(tmp_path / "run")
     images = [infer.open_image(demo / record["image"]) for record in read_jsonl(demo / "train.jsonl")[:3]]
     inputs = infer.prepare(predictor, images)
-    written = []  # token ids of each field's texts: encoded anew, what a half-trained model wrote may differ
-    decode_text = infer.decode_text
-    monkeypatch.setattr(infer, "decode_text", lambda *args: written.append(decode_text(*args)) or written[-1])
+    written = []  # token ids of the texts: encoded anew, what a half-trained model wrote may differ
+    decode_texts = infer.decode_texts
+    monkeypatch.setattr(infer, "decode_texts", lambda *args: written.extend(decode_texts(*args)) or written)
     _, chosen, _ = infer.decode_forced(predictor, inputs, "numbers-first")
     _, numeric, _ = infer.decode_forced(predictor, inputs, "numeric")
     assert torch.equal(chosen, numeric)  # the words come later and change no number
@@ -692,9 +692,9 @@ def test_numbers_first_answers_are_written_greedily(demo, tmp_path, monkeypatch)
                 answer.append(values[numbers[k]])
                 expected.append((start, answer[-1], values))
             elif slot:
-                words = written[infer.FIELDS.index(slot)][row]
+                words = written[row][infer.FIELDS.index(slot)]
                 answer += words
-                if len(words) < 19:  # not cut off: the token that closes it was chosen too
+                if len(words) < 20:  # not cut off: the token that closes it was chosen too
                     words = words + [encode(pieces[k + 1][0])[0]]
                 expected += [(start + n, word, range(len(predictor.tokenizer))) for n, word in enumerate(words)]
         one = {name: tensor.chunk(3)[row] for name, tensor in inputs.items()}
