@@ -7,7 +7,7 @@ known, for training, validation and, in a second drawing style, a test of domain
 the subject's: the left eye is on the picture's right.
 
 Reads:  label or prediction records (.jsonl), Live Link Face takes (.csv), MediaPipe blendshapes (.json),
-        told apart by their content; names as eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L; nothing for the demo
+        told apart by their content, names as eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L (the demo: nothing)
 Writes: annotated records, one JSON object a line, image paths relative to the file
     {"image": "images/000001.png", "identity": "id017", "coefficients": {"eyeBlinkLeft": 0.123, ...},
      "description": {"expression_category": "slight happiness", "muscle_movements": "Mouth: both ...",
@@ -23,10 +23,12 @@ import csv
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -162,8 +164,8 @@ def check_coefficients(coefficients, where: str, counts: Counter) -> dict:
     return checked
 
 
-def read_input(path: Path, pictures: list[str] | None, every: int, counts: Counter) -> list[dict]:
-    """Reads every `every`-th record of a file in any known form; `pictures`, if given, go with its rows."""
+def read_input(path: Path, pictures: list[str] | None, every: int, counts: Counter) -> Iterator[dict]:
+    """Yields every `every`-th record of a file in any known form; `pictures`, if given, go with its rows."""
     data = path.read_bytes() if path.is_file() else b""
     if not data.strip():
         state = "is empty" if path.is_file() else "is no file"
@@ -179,56 +181,48 @@ def read_input(path: Path, pictures: list[str] | None, every: int, counts: Count
         rows = rows_of_csv(path, text)
     else:
         rows = rows_of_jsonl(path, text, counts)
-    if pictures is not None and len(pictures) != len(rows):
-        raise SystemExit(f"--frames holds {len(pictures)} pictures, {path} {len(rows)} rows; expected one "
-                         "picture for each row, in sorted order")
+    if pictures is not None:
+        rows = list(rows)
+        if len(pictures) != len(rows):
+            raise SystemExit(f"--frames holds {len(pictures)} pictures, {path} {len(rows)} rows; expected "
+                             "one picture for each row, in sorted order")
     folder = str(path.parent.absolute())
-    records = []
-    for index, (where, row) in enumerate(rows[::every]):
+    for index, (where, row) in enumerate(islice(rows, 0, None, every)):
         if pictures is not None:
             row["image"] = pictures[index * every]
         elif row.get("image"):
             row["image"] = os.path.join(folder, row["image"])
-        if not is_plain(row["coefficients"]):
+        if not isinstance(row["coefficients"], Numbers):
             row["coefficients"] = check_coefficients(row["coefficients"], where, counts)
-        records.append(row)
-    return records
-
-
-def is_plain(coefficients) -> bool:
-    """Whether these are the 52 in order, as floats from 0 to 1; then nothing is left to check."""
-    if not isinstance(coefficients, dict) or list(coefficients) != ARKIT_NAMES:
-        return False
-    values = coefficients.values()
-    if set(map(type, values)) != {float} or math.isnan(sum(values)):
-        return False
-    return 0 <= min(values) and max(values) <= 1
+        yield row
 
 
 class Numbers(dict):
-    """Coefficients with the JSON text they came in, which is copied out again: that is exact, and fast."""
+    """Coefficients known to be right, with the JSON text they came in, which is copied out as it is."""
 
     text = None
 
 
+# Coefficients as these scripts write them: the names in order, numbers from 0 to 1. One match reads them.
+NUMBER = r"(0\.[0-9]+|1\.0|[1-9](?:\.[0-9]+)?e-0*[1-9][0-9]*)"
+PLAIN = re.compile('"coefficients": ({' + ", ".join(f'"{name}": {NUMBER}' for name in ARKIT_NAMES) + "})")
+
+
 def read_line(line: str):
-    """The JSON value of a line, its coefficients as Numbers if they stand where they do in a record."""
-    head, name, rest = line.partition('"coefficients": {')
-    text, brace, tail = rest.partition("}")
-    try:
-        record = json.loads(head + name + brace + tail)
-        if head.count("{") == 1 and record["coefficients"] == {}:
-            record["coefficients"] = Numbers(json.loads(f"{{{text}}}"))
-            record["coefficients"].text = f"{{{text}}}"
+    """The JSON value of a line, its coefficients as Numbers if they match PLAIN."""
+    found = PLAIN.search(line)
+    if found and line.count("{", 0, found.end(1)) == 2:  # those of the record, not of something in it
+        record = json.loads(f"{line[:found.start(1)]}{{}}{line[found.end(1):]}")
+        text, *numbers = found.groups()
+        if isinstance(record, dict) and record.get("coefficients") == {}:
+            record["coefficients"] = Numbers(zip(ARKIT_NAMES, map(float, numbers)))
+            record["coefficients"].text = text
             return record
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass  # some other form
     return json.loads(line)
 
 
-def rows_of_jsonl(path: Path, text: str, counts: Counter) -> list[tuple]:
-    """(where, record) of label or prediction records, without the failed predictions."""
-    rows = []
+def rows_of_jsonl(path: Path, text: str, counts: Counter) -> Iterator[tuple]:
+    """Yields (where, record) of label or prediction records, without the failed predictions."""
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         where = f"{path}, line {number}"
         try:
@@ -239,8 +233,7 @@ def rows_of_jsonl(path: Path, text: str, counts: Counter) -> list[tuple]:
             if row.pop("error", None):
                 counts["failed predictions left out"] += 1
             else:
-                rows.append((place, row))
-    return rows
+                yield place, row
 
 
 def rows_of_json(path: Path, value, where: str) -> list[tuple]:
@@ -256,7 +249,7 @@ def rows_of_json(path: Path, value, where: str) -> list[tuple]:
             raise SystemExit(f"{where}: {given}, expected a path relative to the file")
         if not isinstance(record.get("identity"), str | int | None):
             raise SystemExit(f"{where}: identity is {value['identity']!r:.60}, expected a name")
-        if isinstance(value["coefficients"], dict) and list(value["coefficients"]) != ARKIT_NAMES:
+        if type(value["coefficients"]) is dict:
             record["coefficients"] = {canonical(name): v for name, v in value["coefficients"].items()}
         return [(where, record)]
     if isinstance(value, dict) and "faceBlendshapes" in value:
@@ -304,8 +297,9 @@ def rows_of_csv(path: Path, text: str) -> list[tuple]:
 
 
 def as_array(records: list[dict]) -> np.ndarray:
-    """The coefficients of records (N, C)."""
-    return np.array([list(record["coefficients"].values()) for record in records])
+    """The coefficients of records, dicts or already rows, as (N, C)."""
+    rows = [record["coefficients"] for record in records]
+    return np.array([list(row.values()) if isinstance(row, dict) else row for row in rows])
 
 
 def relative_image(image: str | None, folder: str) -> str | None:
@@ -329,21 +323,28 @@ def record_line(record: dict, folder: str, description: dict, annotator: str) ->
     return line.replace('"coefficients": null', f'"coefficients": {text}', 1) + "\n"
 
 
-def write_records(path: Path, records: list[dict]) -> None:
-    """Describes the records by rules and writes them, whole or not at all."""
-    folder = str(path.parent.absolute())
+def write_records(path: Path, records: Iterable[dict]) -> list[dict]:
+    """Describes the records by rules and writes them, whole or not at all.
+
+    Returns the records, with their coefficients as rows (C,), which take less memory.
+    """
+    folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        bar = tqdm(total=len(records), desc=f"describing {path.name}", unit=" faces", disable=None)
-        for start in range(0, len(records), 2000):
-            part = records[start:start + 2000]
-            descriptions = describe_all(as_array(part))
-            for record, description in zip(part, descriptions):
-                file.write(record_line(record, folder, description, "rules"))
-            bar.update(len(part))
-        bar.close()
-    partial.replace(path)
+    records, written = iter(records), []
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            bar = tqdm(desc=f"describing {path.name}", unit=" faces", disable=None)
+            while part := list(islice(records, 1000)):
+                values = as_array(part)
+                for record, row, description in zip(part, values, describe_all(values)):
+                    file.write(record_line(record, folder, description, "rules"))
+                    written.append({**record, "coefficients": row})
+                bar.update(len(part))
+            bar.close()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return written
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -523,9 +524,9 @@ class Llm:
 
 
 def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
-    """Lets a language model describe the records and appends them as they come; goes on where it stopped.
+    """Lets a language model describe the records and appends them as they come, from where it stopped.
 
-    A malformed answer is asked for again, LLM_TRIES times in all; then the rules describe the record, and its
+    A malformed answer is asked for again, LLM_TRIES times in all. Then the rules describe the record, and its
     "annotator" says so.
     """
     folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".partial")
@@ -799,9 +800,9 @@ def sample_expression(rng: np.random.Generator) -> dict:
 
 
 def make_demo(folder: Path, count: int, seed: int) -> list[Path]:
-    """Draws `count` faces, 20 to a person; returns train.jsonl, val.jsonl and shift.jsonl.
+    """Draws `count` faces, 20 to a person. Returns train.jsonl, val.jsonl and shift.jsonl.
 
-    Validation shares no person with training; shift.jsonl has its faces again, in another drawing style.
+    Validation shares no person with training, and shift.jsonl has its faces again, in another drawing style.
     """
     records = []
     for index in range(count):
@@ -833,27 +834,28 @@ def main(args: argparse.Namespace) -> None:
         print(f"wrote {train}\nwrote {val}\nwrote {shift}")
         print("next: python distill.py" + (f" --data {train} --val {val}" if args.out else ""))
         return
-    records, counts = [], Counter()
-    pictures = None
+    counts, pictures = Counter(), None
     if args.frames:
         files = sorted(Path(args.frames).absolute().iterdir())
         pictures = [str(file) for file in files if file.suffix.lower() in Image.registered_extensions()]
-    for path in map(Path, args.inputs):
-        records += read_input(path, pictures, args.every, counts)
-    records = records[:args.limit]
-    if not records:
+    inputs = [read_input(Path(name), pictures, args.every, counts) for name in args.inputs]
+    records = islice(chain.from_iterable(inputs), args.limit)  # read while they are described and written
+    first = next(records, None)
+    if first is None:
         raise SystemExit(f"{', '.join(args.inputs)}: no usable record ({dict(counts)})")
     ending = ".avatars" if args.render else ".annotated.jsonl"
     out = Path(args.out or Path(args.inputs[0]).with_suffix(ending))
+    records = chain([first], records)
     if args.render:
-        records = draw_all(records, out)
+        records = draw_all(list(records), out)
         out = out / "records.jsonl"
     if out.absolute() in [Path(name).absolute() for name in args.inputs]:
         raise SystemExit(f"--out {out} is an INPUT and would be overwritten; choose another file")
     if args.llm:
+        records = list(records)
         write_llm_records(out, records, args)
     else:
-        write_records(out, records)
+        records = write_records(out, records)
     people = {record["identity"] for record in records if "identity" in record}
     oddities = "".join(f", {count} {what}" for what, count in counts.items() if count)
     print(f"{len(records)} records, {len(people)} identities{oddities}")

@@ -4,9 +4,9 @@
 Fine-tunes a Qwen-VL model to look at a face and write what the muscles do, then the 52 ARKit coefficients:
     {"analysis": {"expression_category": "slight happiness", ...}, "arkit": {"eyeBlinkLeft": 0.1, ...}}
 
-Reads:  annotated records (.jsonl) of annotate.py; the demo is drawn first if it is not there
+Reads:  annotated records (.jsonl) of annotate.py (the demo is drawn first if it is not there)
 Writes: a folder that transformers loads as it stands (config.json, model.safetensors, tokenizer), or with
-        LoRA a PEFT adapter (adapter_config.json, adapter_model.safetensors); beside it run.json (settings,
+        LoRA a PEFT adapter (adapter_config.json, adapter_model.safetensors). Beside it run.json (settings,
         prompt, versions), log.jsonl (losses) and, until it ends, state.pt (for --resume)
 
     python distill.py                                       # the demo: a tiny Qwen3-VL from scratch
@@ -149,8 +149,8 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
     if not path.is_file() or path.stat().st_size == 0:
         state = "is empty" if path.is_file() else "does not exist"
         raise SystemExit(f"{path} {state}; make it with: python annotate.py LABELS --out {path}")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()[:limit], 1):
+    records, lines = [], path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
+    for number, line in enumerate(lines[:limit], 1):
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
@@ -301,7 +301,7 @@ def epoch_order(count: int, seed: int) -> list[int]:
 
 
 def step_keys(records: list[dict], args: argparse.Namespace, step: int) -> list[list[tuple[int, str]]]:
-    """This process's batches of one optimizer step, as (record index, supervision); a function of the step.
+    """This process's batches of one optimizer step, as (record index, supervision): a function of the step.
 
     The records of a step depend on its total size alone. Sorted by length, they are dealt out so that each
     batch, and at any time all processes, have answers of similar length.
@@ -535,9 +535,9 @@ def token_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Ten
 def hide_words(batch: dict, progress: float, pad_id: int, seed: int) -> dict:
     """Word dropout (Bowman et al. 2016, Sec. 3.1): hides a share of the answer's words as inputs.
 
-    Left alone, a decoder predicts each word from the words before it and never learns to look; and numbers
+    Left alone, a decoder predicts each word from the words before it and never learns to look, and numbers
     trained behind a perfect description lean on it, though at inference it is the model's own. While all
-    numbers are hidden the picture is their only source; the share that stays hidden keeps them doubtful.
+    numbers are hidden the picture is their only source. The share that stays hidden keeps them doubtful.
     """
     rates = torch.zeros(3)
     for kind, (first, last) in HIDDEN.items():
@@ -646,7 +646,7 @@ def step_flops(model: nn.Module, batches: list[dict], args: argparse.Namespace) 
     """Floating-point operations that training on `batches` needs, without those that checkpointing repeats.
 
     Two for each weight and token forward, the same for the gradient of the input, and again for that of the
-    weight where it is trained; 4 T D a token and layer for attention (PaLM, arXiv 2204.02311, App. B).
+    weight where it is trained, and 4 T D a token and layer for attention (PaLM, arXiv 2204.02311, App. B).
     """
     text = model.config.text_config
     tokens = sum(batch["input_ids"].numel() for batch in batches)

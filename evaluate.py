@@ -3,11 +3,11 @@
 
 Compares predicted with true coefficients, over all images, by face region, by coefficient and by any record
 field, and sets beside them the predictors that never look: all zeros, and the mean and median of the training
-set. Labels are sparse, so a small MAE alone means little; RMSE and correlation show whether anything was
+set. Labels are sparse, so a small MAE alone means little: RMSE and correlation show whether anything was
 seen. Several prediction files are compared in pairs: "A beats B" is a difference with an interval.
 
-Reads:  prediction records (.jsonl) of infer.py; label or annotated records (.jsonl) with the truth;
-        the training records for the baselines; with --rig a folder of OBJ files for errors in millimetres
+Reads:  prediction records (.jsonl) of infer.py, label or annotated records (.jsonl) with the truth,
+        the training records for the baselines, with --rig a folder of OBJ files for errors in millimetres
 Writes: a table, every number of it in a .json file, with --plot one picture
     {"images": 1000, "errors": 0, "model": {"mae": 0.04, "rmse": 0.1, "pearson_median": 0.93, ...},
      "intervals": {"mae": [0.038, 0.042], ...}, "constants": {...}, "by_region": {...}, ...}
@@ -90,27 +90,28 @@ def read_records(path: Path, allow_errors: bool = False) -> dict[str, dict]:
     """Reads records by the absolute path of their picture. SystemExit names an unusable or repeated line.
 
     "coefficients" and "std" become arrays (C,), which take a tenth of the memory. A record with "error" set
-    passes if `allow_errors`; others must hold the 52 coefficients, 0 to 1 each.
+    passes if `allow_errors`. Others must hold the 52 coefficients, 0 to 1 each.
     """
     if not path.is_file() or path.stat().st_size == 0:
         state = "is empty" if path.is_file() else "does not exist"
         fix = "python infer.py writes predictions, python annotate.py the demo's truth"
         raise SystemExit(f"{path} {state}; expected records, one JSON object a line ({fix})")
     records, folder = {}, str(path.parent.resolve())
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-            image = os.path.normpath(os.path.join(folder, record["image"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            fix = "expected one JSON object a line; if cut off, repeat the command that wrote the file"
-            raise SystemExit(f"{where}: no record with an \"image\" ({error}); {fix}")
-        if image in records:
-            raise SystemExit(f"{where}: a second record of {record['image']}; expected one a picture")
-        row = row_of(record.get("coefficients"))
-        if row is None and not (allow_errors and record.get("error")):
-            complain(record.get("coefficients"), where)
-        records[image] = {**record, "coefficients": row, "std": row_of(record.get("std"))}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+                image = os.path.normpath(os.path.join(folder, record["image"]))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                fix = "expected one JSON object a line; if cut off, repeat the command that wrote the file"
+                raise SystemExit(f"{where}: no record with an \"image\" ({error}); {fix}")
+            if image in records:
+                raise SystemExit(f"{where}: a second record of {record['image']}; expected one a picture")
+            row = row_of(record.get("coefficients"))
+            if row is None and not (allow_errors and record.get("error")):
+                complain(record.get("coefficients"), where)
+            records[image] = {**record, "coefficients": row, "std": row_of(record.get("std"))}
     return records
 
 
@@ -184,7 +185,7 @@ def group_sums(predicted: np.ndarray, true: np.ndarray, groups: np.ndarray | Non
 
 
 def per_coefficient(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics of each coefficient (..., C) from sums (..., 12, C); NaN where the truth never varies.
+    """Metrics of each coefficient (..., C) from sums (..., 12, C), NaN where the truth never varies.
 
     pearson: Pearson's r, 0 where only the prediction is constant.
     ccc: concordance, 2 s_xy / (s_x^2 + s_y^2 + (m_x - m_y)^2) (Lin 1989).
@@ -347,7 +348,7 @@ def words(record: dict) -> Counter:
 
 def agreement(predictions: list[dict], truth: list[dict]) -> dict[str, float]:
     """Share of pictures whose category and symmetry are word for word the truth's, and precision, recall and
-    F1 of the words of the movements over all pictures; nothing where either has no descriptions."""
+    F1 of the words of the movements over all pictures. Nothing where either has no descriptions."""
     pairs = [(p, t) for p, t in zip(predictions, truth)
              if isinstance(p.get("description"), dict) and isinstance(t.get("description"), dict)]
     if not pairs:

@@ -6,10 +6,10 @@ answer is valid and complete by construction. The model decides the words of the
 coefficient, a distribution over the eleven values 0.0, 0.1, ... 1.0, whose mean is the estimate (RAIL,
 arXiv 2403.04182) and whose standard deviation is reported.
 
-Reads:  pictures, folders of pictures, .jsonl records with an "image"; a checkpoint folder of distill.py,
+Reads:  pictures, folders of pictures, .jsonl records with an "image", a checkpoint folder of distill.py,
         or, with --prompt FILE, a Qwen-VL or PEFT adapter trained elsewhere (see also --decode generate)
-Writes: prediction records, one JSON object a line, image paths relative to the file; an unreadable picture
-        becomes an error record; with --csv a Live Link Face take, with --plot a chart of each picture
+Writes: prediction records, one JSON object a line, image paths relative to the file. An unreadable picture
+        becomes an error record. With --csv a Live Link Face take, with --plot a chart of each picture
     {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05, ...},
      "description": {"expression_category": "slight happiness", ...}, "error": null}
 
@@ -68,7 +68,7 @@ MAX_NEW_TOKENS = 2048  # of an answer with --decode generate
 FOREIGN_PIXELS = 1024 * 32 * 32  # of a picture for a checkpoint trained elsewhere: 1024 image tokens
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
 WINDOW = 52  # undecided tokens of the numbers that one pass feeds
-GUESSES = 4  # tokens of a text that are guessed ahead
+GUESSES = 3  # tokens of a text that are guessed ahead
 READERS = 4  # threads that open pictures ahead of the model
 COLORS = {"subject's left": (0, 114, 178), "subject's right": (230, 159, 0), "unpaired": (120, 120, 120)}
 INK, GRID = (40, 40, 40), (225, 225, 225)
@@ -129,7 +129,7 @@ def list_images(inputs: list[str]) -> list[Path]:
 def images_of_records(path: Path) -> list[Path]:
     """The pictures that a .jsonl file names, relative to it. SystemExit names the line that has none."""
     images = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n"), 1):
         try:
             images.append(path.parent / json.loads(line)["image"])
         except (json.JSONDecodeError, KeyError, TypeError):
@@ -374,10 +374,10 @@ def decode_texts(answers: Answers, unfed: torch.Tensor, openings: list, closings
                  memory: dict) -> list[list[list[int]]]:
     """Greedy decoding of the description's fields, each until the token that closes it.
 
-    `unfed` (B, n) stands in the answers but not in the cache; `openings` are the token ids of the skeleton
-    before each field and, empty, behind the last; `closings` the first token behind each. Guesses from earlier
-    texts, which `memory` holds, are fed along and kept as far as the model agrees: the same words in fewer
-    passes (prompt lookup, as in arXiv 2304.04487). Returns the token ids of each answer's fields.
+    `unfed` (B, n) stands in the answers but not in the cache. `openings` are the token ids of the skeleton
+    before each field and, empty, behind the last, `closings` the first token behind each. Guesses from
+    earlier texts, which `memory` holds, are fed along and kept as far as the model agrees: the same words in
+    fewer passes (prompt lookup, as in arXiv 2304.04487). Returns the token ids of each answer's fields.
     """
     contexts = [row + openings[0] for row in unfed.tolist()]  # what stands in each answer from here on
     fed = [0] * len(contexts)  # how many tokens of it are in the cache
@@ -415,8 +415,8 @@ def decode_texts(answers: Answers, unfed: torch.Tensor, openings: list, closings
 def number_block(encode, supervision: str) -> tuple[list, list, list, list]:
     """The token ids of all names and values "0.0", and what is undecided among them.
 
-    Returns ids, the columns of undecided tokens, the options, and how many of these each column has: one token
-    with eleven in the tiny model; where digits are split, "0" or "1", and ten behind the point.
+    Returns ids, the columns of undecided tokens, the options, and how many of these each column has: eleven
+    in the tiny model, where a number is one token. Where digits are split, two before the point, ten behind.
     """
     values = [encode(value) for value in VALUES]
     assert len({len(value_ids) for value_ids in values}) == 1, f"values differ in length: {values}"
@@ -440,7 +440,7 @@ def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.
     """Decides the S undecided tokens by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
 
     A guess for many tokens is fed at once. The first wrong one, and all before it, are then decided exactly
-    as by feeding one at a time; those after it have a better guess for the next pass. Returns the logits of
+    as by feeding one at a time. Those after it have a better guess for the next pass. Returns the logits of
     the O options (B, S, O), -inf where there is none, the greedy choice among them (B, S), and the tokens
     that are decided and not yet fed (B, n).
     """
@@ -495,8 +495,8 @@ def decode_forced(model: SimpleNamespace, inputs: dict, supervision: str) -> tup
             closings = [encode(text)[0] for (_, slot), (text, _) in zip(pieces, pieces[1:]) if slot in FIELDS]
             written = decode_texts(answers, unfed, openings, closings, model.tokenizer.pad_token_id,
                                    model.memory)
-            descriptions = [{field: unescape(model.tokenizer.decode(ids)) for field, ids in zip(FIELDS, texts)}
-                            for texts in written]
+            descriptions = [{field: unescape(model.tokenizer.decode(ids))
+                             for field, ids in zip(FIELDS, texts)} for texts in written]
             unfed = unfed[:, :0]
     if scores.shape[1] == len(ARKIT_NAMES):
         return scores.softmax(dim=-1), choice, descriptions
@@ -511,7 +511,7 @@ def decode_forced(model: SimpleNamespace, inputs: dict, supervision: str) -> tup
 
 
 def unescape(text: str) -> str:
-    """Undoes JSON's escapes (\\" and the like); a text that is no valid JSON string is returned as is."""
+    """Undoes JSON's escapes (\\" and the like). A text that is no valid JSON string is returned as is."""
     try:
         return json.loads(f'"{text}"')
     except json.JSONDecodeError:
@@ -521,7 +521,7 @@ def unescape(text: str) -> str:
 def estimate(probabilities: torch.Tensor, chosen: torch.Tensor, kind: str) -> tuple:
     """Point estimate and standard deviation, (B, C) each, of the coefficients' distributions (B, C, 11).
 
-    The mean minimises expected squared error, the median absolute; the mode is the greedy `chosen` (B, C).
+    The mean minimises expected squared error, the median absolute. The mode is the greedy `chosen` (B, C).
     """
     values = torch.arange(len(VALUES), device=probabilities.device) / 10
     mean = probabilities @ values
@@ -548,7 +548,7 @@ def decode_generate(model: SimpleNamespace, inputs: dict) -> list[str]:
 def read_answer(text: str) -> tuple[dict, dict | None]:
     """Reads (52 coefficients, description or None) from what a model wrote, as leniently as is safe.
 
-    The coefficients are the last JSON object, or its "arkit", named as in ARKit or in Live Link Face; other
+    The coefficients are the last JSON object, or its "arkit", named as in ARKit or in Live Link Face. Other
     keys are ignored and values clipped to 0..1. Raises ValueError where one is missing or no number.
     """
     decoder, answer, start = json.JSONDecoder(), None, text.find("{")
@@ -623,7 +623,7 @@ def predictions(model: SimpleNamespace, images: list, batch_size: int = 32, kind
                 numeric: bool = False, decoding: str = "forced"):
     """Yields the prediction record of each image (path or picture), in order and as they come.
 
-    An unreadable picture gives a record with "error" set and null coefficients; a batch of them is free.
+    An unreadable picture gives a record with "error" set and null coefficients. A batch of them is free.
     """
     for sources, opened in open_ahead(images, batch_size):
         pictures = [picture for picture, _ in opened if picture]
@@ -650,15 +650,15 @@ def json_line(record: dict) -> str:
 
 
 def resume(out: Path, settings: dict) -> list[dict]:
-    """Prepares the prediction file; returns an interrupted run's records if its settings were the same.
+    """Prepares the prediction file and returns an interrupted run's records if its settings were the same.
 
-    While a run is unfinished, its settings stand in a file beside `out`; a torn last line is dropped.
+    While a run is unfinished, its settings stand in a file beside `out`. A torn last line is dropped.
     """
     marker = out.with_name(out.name + ".unfinished")
     out.parent.mkdir(parents=True, exist_ok=True)
     records = []
     if out.is_file() and marker.is_file() and marker.read_text(encoding="utf-8") == json.dumps(settings):
-        for line in out.read_text(encoding="utf-8").splitlines():
+        for line in out.read_text(encoding="utf-8", errors="replace").rstrip().split("\n"):
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

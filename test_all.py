@@ -183,14 +183,14 @@ def test_demo_is_reproducible_and_splits_by_identity(demo, tmp_path):
 def test_livelink_round_trip_and_dialects(demo, tmp_path):
     records = [{**record, "error": None} for record in read_jsonl(demo / "val.jsonl")]
     infer.write_livelink(tmp_path / "take.csv", records, fps=60)
-    back = annotate.read_input(tmp_path / "take.csv", None, 1, Counter())
+    back = list(annotate.read_input(tmp_path / "take.csv", None, 1, Counter()))
     expected = [pytest.approx(record["coefficients"], abs=1e-6) for record in records]
     assert [record["coefficients"] for record in back] == expected
     lines = [line.split(",") for line in (tmp_path / "take.csv").read_text().splitlines()]
     assert len(lines[0]) == 63 and lines[-1][0] == "00:00:00:19.000"
     shuffled = [line[::-1] + ["extra"] for line in lines]  # other column order, extra column, BOM and CRLF
     (tmp_path / "dialect.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(",".join, shuffled)).encode())
-    dialect = annotate.read_input(tmp_path / "dialect.csv", None, 1, Counter())
+    dialect = list(annotate.read_input(tmp_path / "dialect.csv", None, 1, Counter()))
     assert dialect == [{**record, "identity": "dialect"} for record in back]
 
 
@@ -210,14 +210,14 @@ def test_other_forms_of_coefficients(tmp_path):
     for (name, text), count in zip(forms.items(), (1, 2, 3, 1, 1, 4)):
         (tmp_path / name).write_text(text)
         counts = Counter()
-        records = annotate.read_input(tmp_path / name, None, 1, counts)
+        records = list(annotate.read_input(tmp_path / name, None, 1, counts))
         without = name in ("one", "bare", "many")
         assert +counts == ({"records without tongueOut, set to 0": count} if without else {})
         expected = {**values, "tongueOut": 0.0 if without else values["tongueOut"]}
         assert [record["coefficients"] for record in records] == [expected] * count, name
     (tmp_path / "percent").write_text(json.dumps({**values, "jawOpen": 73}))
     with pytest.raises(SystemExit, match="divide percentages"):
-        annotate.read_input(tmp_path / "percent", None, 1, Counter())
+        list(annotate.read_input(tmp_path / "percent", None, 1, Counter()))
 
 
 def test_numbers_are_copied_as_they_stand(tmp_path):
@@ -239,6 +239,19 @@ def test_empty_and_failed_entries_of_json_lines(tmp_path):
     counts = Counter()
     assert [record["coefficients"] for record in annotate.read_input(path, None, 1, counts)] == [ZEROS, ZEROS]
     assert counts["failed predictions left out"] == 2
+
+
+def test_a_line_ends_at_a_newline_only(demo, tmp_path):
+    record = read_jsonl(demo / "train.jsonl")[0]
+    record |= {"image": str(demo / record["image"]), "identity": "a\u2028b\x85c"}  # which str.splitlines cuts
+    path = tmp_path / "labels.jsonl"
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    run_main(annotate, path, "--out", tmp_path / "o.jsonl")
+    for name in ("labels.jsonl", "o.jsonl"):
+        found = distill.read_records(tmp_path / name, "numeric", None)
+        assert [one["identity"] for one in found] == [record["identity"]]
+        assert len(infer.images_of_records(tmp_path / name)) == 1
+        assert len(evaluate.read_records(tmp_path / name)) == 1
 
 
 def test_every_nth_row_keeps_its_picture(demo, tmp_path):
@@ -883,8 +896,8 @@ def test_interrupted_inference_goes_on(trained, demo, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_main(infer, *flags, "--out", tmp_path / "parts.jsonl")
     assert len(read_jsonl(tmp_path / "parts.jsonl")) == 4
-    with (tmp_path / "parts.jsonl").open("a") as file:
-        file.write('{"image": "torn')
+    with (tmp_path / "parts.jsonl").open("ab") as file:
+        file.write('{"image": "torn é'.encode()[:-1])  # within a character
     run_main(infer, *flags, "--out", tmp_path / "parts.jsonl")
     assert len(calls) == 4  # only the last batch was decoded again
     assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "parts.jsonl").read_text()
