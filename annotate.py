@@ -757,7 +757,8 @@ def draw_all(records: list[dict], folder: Path, style: str = "cartoon") -> list[
     drawn = []
     with ProcessPoolExecutor() as pool:
         faces = pool.map(draw_face, coefficients, people, repeat(64), repeat(style), chunksize=64)
-        for record, face in zip(records, tqdm(faces, "drawing", len(records), unit=" faces", disable=None)):
+        bar = tqdm(faces, "drawing", len(records), unit=" faces", disable=None)
+        for face, record in zip(bar, records):  # the bar first, so that it sees the end
             path = images / f"{len(drawn):06d}.png"
             face.save(path)
             drawn.append({**record, "image": f"{images.name}/{path.name}"})

@@ -806,7 +806,7 @@ def main(args: argparse.Namespace) -> None:
                         args.decode)
     bar = tqdm(found, total=len(todo), unit=" images", disable=True if rank else None)
     with part.open("a", encoding="utf-8") as file:
-        for (name, _), record in zip(todo, bar):
+        for record, (name, _) in zip(bar, todo):  # the bar first, so that it sees the end
             done[name] = {**record, "image": name}
             file.write(json_line(done[name]))
             file.flush()
