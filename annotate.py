@@ -20,6 +20,7 @@ Writes: annotated records, one JSON object a line, image paths relative to the f
 """
 import argparse
 import csv
+import gc
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from itertools import chain, islice, repeat
 from pathlib import Path
 
@@ -177,7 +179,7 @@ def read_input(path: Path, pictures: list[str] | None, every: int, counts: Count
         value = None
     if isinstance(value, list) or isinstance(value, dict) and "coefficients" not in value:
         rows = rows_of_json(path, value, "")
-    elif "," in text.split("\n")[0] and text.lstrip()[:1] not in ("{", "["):
+    elif "," in text[:10_000].split("\n")[0] and text.lstrip()[:1] not in ("{", "["):
         rows = rows_of_csv(path, text)
     else:
         rows = rows_of_jsonl(path, text, counts)
@@ -207,6 +209,8 @@ class Numbers(dict):
 NUMBER = r"(0\.[0-9]+|1\.0|[1-9](?:\.[0-9]+)?e-0*[1-9][0-9]*)"
 PLAIN = re.compile('"coefficients": ({' + ", ".join(f'"{name}": {NUMBER}' for name in ARKIT_NAMES) + "})")
 
+number_of = lru_cache(10_000)(float)  # the same few decimals again and again
+
 
 def read_line(line: str):
     """The JSON value of a line, its coefficients as Numbers if they match PLAIN."""
@@ -215,7 +219,7 @@ def read_line(line: str):
         record = json.loads(f"{line[:found.start(1)]}{{}}{line[found.end(1):]}")
         text, *numbers = found.groups()
         if isinstance(record, dict) and record.get("coefficients") == {}:
-            record["coefficients"] = Numbers(zip(ARKIT_NAMES, map(float, numbers)))
+            record["coefficients"] = Numbers(zip(ARKIT_NAMES, map(number_of, numbers)))
             record["coefficients"].text = text
             return record
     return json.loads(line)
@@ -223,7 +227,9 @@ def read_line(line: str):
 
 def rows_of_jsonl(path: Path, text: str, counts: Counter) -> Iterator[tuple]:
     """Yields (where, record) of label or prediction records, without the failed predictions."""
-    for number, line in enumerate(text.rstrip().split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line or line.isspace():
+            continue
         where = f"{path}, line {number}"
         try:
             record = read_line(line)
@@ -306,10 +312,12 @@ def relative_image(image: str | None, folder: str) -> str | None:
     """The path relative to `folder`, with slashes, of an image that is absolute or already relative to it."""
     if not image:
         return None
-    image = os.path.join(folder, image)
     inside = image.startswith(folder + os.sep) and ".." not in image  # the common case, and a fast one
-    path = image[len(folder) + 1:] if inside else os.path.relpath(image, folder)
+    path = image[len(folder) + 1:] if inside else os.path.relpath(os.path.join(folder, image), folder)
     return path.replace(os.sep, "/")
+
+
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def record_line(record: dict, folder: str, description: dict, annotator: str) -> str:
@@ -318,19 +326,21 @@ def record_line(record: dict, folder: str, description: dict, annotator: str) ->
     line = {**record, "image": image, "description": description, "annotator": annotator}
     text = getattr(record["coefficients"], "text", None)
     if not text:
-        return json.dumps(line, ensure_ascii=False) + "\n"
-    line = json.dumps({**line, "coefficients": None}, ensure_ascii=False)
+        return ENCODE(line) + "\n"
+    line["coefficients"] = None
+    line = ENCODE(line)
     return line.replace('"coefficients": null', f'"coefficients": {text}', 1) + "\n"
 
 
 def write_records(path: Path, records: Iterable[dict]) -> list[dict]:
     """Describes the records by rules and writes them, whole or not at all.
 
-    Returns the records, with their coefficients as rows (C,), which take less memory.
+    Returns the records with their description, and with coefficients as rows (C,), which take less memory.
     """
     folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     records, written = iter(records), []
+    gc.disable()  # to look for cycles among many records, where there are none, takes a fifth of the time
     try:
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             bar = tqdm(desc=f"describing {path.name}", unit=" faces", disable=None)
@@ -338,11 +348,12 @@ def write_records(path: Path, records: Iterable[dict]) -> list[dict]:
                 values = as_array(part)
                 for record, row, description in zip(part, values, describe_all(values)):
                     file.write(record_line(record, folder, description, "rules"))
-                    written.append({**record, "coefficients": row})
+                    written.append({**record, "coefficients": row, "description": description})
                 bar.update(len(part))
             bar.close()
         partial.replace(path)
     finally:
+        gc.enable()
         partial.unlink(missing_ok=True)
     return written
 
@@ -523,21 +534,23 @@ class Llm:
         return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
-def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
+def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace) -> list[dict]:
     """Lets a language model describe the records and appends them as they come, from where it stopped.
 
     A malformed answer is asked for again, LLM_TRIES times in all. Then the rules describe the record, and its
-    "annotator" says so.
+    "annotator" says so. Returns the records with their description.
     """
     folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept, counts = [], Counter()
-    for line, record in zip(partial.read_text("utf-8").split("\n") if partial.is_file() else [], records):
+    kept, counts, described = [], Counter(), []
+    lines = partial.read_text("utf-8", "replace").split("\n") if partial.is_file() else []
+    for line, record in zip(lines, records):
         done = read_torn(line)
         if not done or done["coefficients"] != record["coefficients"] or args.llm not in done["annotator"]:
             break
         kept.append(line + "\n")
         counts[done["annotator"]] += 1
+        described.append(done)
     partial.write_text("".join(kept), "utf-8")
     llm = Llm(args.llm, args.device)
     bar = tqdm(total=len(records), initial=len(kept), desc="describing", unit=" faces", disable=None)
@@ -556,11 +569,13 @@ def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace)
                 description = description or describe(record["coefficients"])
                 file.write(record_line(record, folder, description, annotator))
                 counts[annotator] += 1
+                described.append({**record, "description": description})
             file.flush()
             bar.update(len(batch))
     bar.close()
     partial.replace(path)
     print("described by " + ", ".join(f"{name}: {count}" for name, count in counts.items()))
+    return described
 
 
 def read_torn(line: str) -> dict | None:
@@ -853,15 +868,14 @@ def main(args: argparse.Namespace) -> None:
     if out.absolute() in [Path(name).absolute() for name in args.inputs]:
         raise SystemExit(f"--out {out} is an INPUT and would be overwritten; choose another file")
     if args.llm:
-        records = list(records)
-        write_llm_records(out, records, args)
+        records = write_llm_records(out, list(records), args)
     else:
         records = write_records(out, records)
     people = {record["identity"] for record in records if "identity" in record}
     oddities = "".join(f", {count} {what}" for what, count in counts.items() if count)
     print(f"{len(records)} records, {len(people)} identities{oddities}")
     values = as_array(records)
-    categories = Counter(category for category, _ in classify(values))
+    categories = Counter(record["description"]["expression_category"] for record in records)
     shares = [f"{name} {100 * count / len(records):.0f}%" for name, count in categories.most_common(6)]
     print(f"expressions: {', '.join(shares)}")
     active = dict(zip(ARKIT_NAMES, (values >= ACTIVE).mean(axis=0).tolist()))
