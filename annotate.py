@@ -516,7 +516,7 @@ class Llm:
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
             self.model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(self.device).eval()
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().partition("\n")[0]
             raise SystemExit(f"--llm {name} cannot be loaded ({reason}); expected a hub id or a folder")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
 

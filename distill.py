@@ -429,7 +429,7 @@ def load_model(args: argparse.Namespace, records: list[dict]) -> tuple:
         dtype = torch.bfloat16 if frozen else torch.float32
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         expected = "expected tiny, a folder, or a hub id such as Qwen/Qwen3-VL-4B-Instruct"
         raise SystemExit(f"--model {args.model} cannot be loaded ({reason}); {expected}")
     return model, tokenizer, image_processor

@@ -197,6 +197,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
     try:
         if finished:
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        prompt, pixels, supervision = prompt or run["prompt"], run["max_pixels"], run["supervision"]
         adapter = json.loads(adapter_file.read_text(encoding="utf-8")) if adapter_file.is_file() else None
         base = adapter["base_model_name_or_path"] if adapter else model_dir
         auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -207,17 +208,16 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
         updates = load_file(folder / "adapter_model.safetensors") if adapter else {}
         head = load_file(folder / "regression.safetensors", device) if run.get("steps") == 0 else None
     except Exception as error:  # a damaged file surfaces as one of a dozen types, all with the same cure
-        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        first = str(error).partition("\n")[0]
+        why = f"{type(error).__name__}: {first}"
         raise SystemExit(f"--model {model_dir} cannot be read ({why}); copy it again or repeat distill.py")
     if adapter:
         merge_adapter(network, adapter, updates)
     # A checkpoint of distill.py gets pictures scaled as in its training, any other within its own bounds.
-    pixels = run["max_pixels"]
     size = {"shortest_edge": pixels or FOREIGN_PIXELS // 16, "longest_edge": pixels or FOREIGN_PIXELS}
     return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, system=system,
-                           prompt=prompt or run["prompt"], image_processor=image_processor, size=size,
-                           supervision=run["supervision"], head=head, device=torch.device(device), blocks={},
-                           memory={})
+                           prompt=prompt, image_processor=image_processor, size=size, head=head,
+                           supervision=supervision, device=torch.device(device), blocks={}, memory={})
 
 
 @torch.no_grad()

@@ -1147,6 +1147,9 @@ def test_damaged_and_occupied_run_folders(trained, demo, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes()[:50_000])
     with pytest.raises(SystemExit, match="cannot be read"):
         run_main(infer, demo / "val.jsonl", "--model", tmp_path, "--out", tmp_path / "p.jsonl")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(SystemExit, match="KeyError: 'prompt'"):
+        run_main(infer, demo / "val.jsonl", "--model", tmp_path, "--out", tmp_path / "p.jsonl")
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
     with pytest.raises(SystemExit, match="is a bert"):
         run_main(distill, "--data", demo / "train.jsonl", "--model", tmp_path, "--out", tmp_path / "new")
