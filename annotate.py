@@ -540,7 +540,7 @@ def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace)
     A malformed answer is asked for again, LLM_TRIES times in all. Then the rules describe the record, and its
     "annotator" says so. Returns the records with their description.
     """
-    folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".partial")
+    folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept, counts, described = [], Counter(), []
     lines = partial.read_text("utf-8", "replace").split("\n") if partial.is_file() else []
@@ -890,4 +890,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("interrupted; nothing half-written was kept, run the same command again")
+        sys.exit("interrupted; run the same command again, with --llm it goes on where it stopped")

@@ -320,6 +320,9 @@ def test_frozen_llm_describes_and_rules_stand_in(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(annotate.Llm, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_main(annotate, *flags, "--llm", good, "--out", tmp_path / "parts.jsonl")
+    run_main(annotate, *flags, "--out", tmp_path / "parts.jsonl")  # the rules leave the model's answers alone
+    with (tmp_path / "parts.jsonl.unfinished").open("ab") as file:
+        file.write('{"image": "torn é'.encode()[:-1])  # within a character
     run_main(annotate, *flags, "--llm", good, "--out", tmp_path / "parts.jsonl")
     assert len(calls) == 4 and (tmp_path / "parts.jsonl").read_text() == (tmp_path / "good.jsonl").read_text()
     for text in ("", "{", "[]", '{"symmetry": 1}', json.dumps(dict.fromkeys(annotate.FIELDS, " "))):
