@@ -27,11 +27,12 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from itertools import chain, islice, repeat
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -139,50 +140,39 @@ def parse_args(argv=None) -> argparse.Namespace:
 # Records: reading and writing
 # ---------------------------------------------------------------------------------------------------
 
-def canonical(name) -> str:
+@lru_cache(1000)
+def canonical(name: str) -> str:
     """The ARKit name for EyeBlinkLeft (Live Link), eyeBlink_L (ARFaceAnchor dumps) or eyeBlinkLeft."""
-    name = str(name).strip()
+    name = name.strip()
     name = name[:1].lower() + name[1:]
     return {"_L": name[:-2] + "Left", "_R": name[:-2] + "Right"}.get(name[-2:], name)
 
 
 def check_coefficients(coefficients, where: str, counts: Counter) -> dict:
     """Returns the 52 in order, clipped to 0..1 since real takes reach 1.053; refuses anything else."""
-    names = list(coefficients) if isinstance(coefficients, dict) else []
-    missing = [name for name in ARKIT_NAMES if name not in names]
+    given = coefficients if isinstance(coefficients, dict) else {}
+    missing = [name for name in ARKIT_NAMES if name not in given]
     if missing == ["tongueOut"]:  # MediaPipe and BEAT cannot see it
-        coefficients, missing = {**coefficients, "tongueOut": 0.0}, []
+        given, missing = {**given, "tongueOut": 0.0}, []
         counts["records without tongueOut, set to 0"] += 1
-    unknown = [str(name)[:40] for name in names if name not in ARKIT_NAMES][:5]
-    if missing or unknown:
+    if missing or len(given) > len(ARKIT_NAMES):
+        unknown = [name[:40] for name in given if name not in ARKIT_NAMES][:5]
         raise SystemExit(f"{where}: missing {missing[:5]}, unknown {unknown}; expected the 52 ARKit names")
     checked = {}
     for name in ARKIT_NAMES:
-        value = coefficients[name]
+        value = given[name]
         if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # also refuses True and NaN
             raise SystemExit(f"{where}: {name} is {value!r:.40}, expected 0 to 1 (divide percentages by 100)")
-        checked[name] = min(max(0.0, value), 1.0)
-        counts["clipped values"] += checked[name] != value
+        if not 0 <= value <= 1:
+            value = min(max(0.0, value), 1.0)
+            counts["clipped values"] += 1
+        checked[name] = value
     return checked
 
 
 def read_input(path: Path, pictures: list[str] | None, every: int, counts: Counter) -> Iterator[dict]:
     """Yields every `every`-th record of a file in any known form; `pictures`, if given, go with its rows."""
-    data = path.read_bytes() if path.is_file() else b""
-    if not data.strip():
-        state = "is empty" if path.is_file() else "is no file"
-        raise SystemExit(f"{path} {state}; expected {FORMS}")
-    text = data.decode("utf-8-sig", errors="replace")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, list) or isinstance(value, dict) and "coefficients" not in value:
-        rows = rows_of_json(path, value, "")
-    elif "," in text[:10_000].split("\n")[0] and text.lstrip()[:1] not in ("{", "["):
-        rows = rows_of_csv(path, text)
-    else:
-        rows = rows_of_jsonl(path, text, counts)
+    rows = read_rows(path)
     if pictures is not None:
         rows = list(rows)
         if len(pictures) != len(rows):
@@ -190,6 +180,9 @@ def read_input(path: Path, pictures: list[str] | None, every: int, counts: Count
                              "one picture for each row, in sorted order")
     folder = str(path.parent.absolute())
     for index, (where, row) in enumerate(islice(rows, 0, None, every)):
+        if row.pop("error", None):
+            counts["without a face or a prediction left out"] += 1
+            continue
         if pictures is not None:
             row["image"] = pictures[index * every]
         elif row.get("image"):
@@ -199,47 +192,108 @@ def read_input(path: Path, pictures: list[str] | None, every: int, counts: Count
         yield row
 
 
-class Numbers(dict):
-    """Coefficients known to be right, with the JSON text they came in, which is copied out as it is."""
-
-    text = None
-
-
-# Coefficients as these scripts write them: the names in order, numbers from 0 to 1. One match reads them.
-NUMBER = r"(0\.[0-9]+|1\.0|[1-9](?:\.[0-9]+)?e-0*[1-9][0-9]*)"
-PLAIN = re.compile('"coefficients": ({' + ", ".join(f'"{name}": {NUMBER}' for name in ARKIT_NAMES) + "})")
-
-number_of = lru_cache(10_000)(float)  # the same few decimals again and again
-
-
-def read_line(line: str):
-    """The JSON value of a line, its coefficients as Numbers if they match PLAIN."""
-    found = PLAIN.search(line)
-    if found and line.count("{", 0, found.end(1)) == 2:  # those of the record, not of something in it
-        record = json.loads(f"{line[:found.start(1)]}{{}}{line[found.end(1):]}")
-        text, *numbers = found.groups()
-        if isinstance(record, dict) and record.get("coefficients") == {}:
-            record["coefficients"] = Numbers(zip(ARKIT_NAMES, map(number_of, numbers)))
-            record["coefficients"].text = text
-            return record
-    return json.loads(line)
+def read_rows(path: Path) -> Iterable[tuple]:
+    """(where, record) of each record of a file, whose form its beginning tells."""
+    first = ""
+    if path.is_file():
+        with open_text(path) as file:
+            first = next((line for line in file if not line.isspace()), "")
+    if not first:
+        state = "is empty" if path.is_file() else "is no file"
+        raise SystemExit(f"{path} {state}; expected {FORMS}")
+    value = parse_json(first)
+    if isinstance(value, dict) and "coefficients" in value:
+        return rows_of_jsonl(path)
+    value = parse_json(path.read_text("utf-8-sig", "replace"))
+    if isinstance(value, list | dict):
+        return rows_of_json(path, value, "")
+    if "," in first and first.lstrip()[0] not in "{[":
+        return rows_of_csv(path)
+    return rows_of_jsonl(path)
 
 
-def rows_of_jsonl(path: Path, text: str, counts: Counter) -> Iterator[tuple]:
-    """Yields (where, record) of label or prediction records, without the failed predictions."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line or line.isspace():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = read_line(line)
-        except (ValueError, RecursionError) as error:
-            raise SystemExit(f"{where}: not JSON ({error}); expected one object a line, delete a torn one")
-        for place, row in rows_of_json(path, record, where):
-            if row.pop("error", None):
-                counts["failed predictions left out"] += 1
-            else:
-                yield place, row
+def open_text(path: Path) -> TextIO:
+    """Opens a file of any bytes for reading lines, which end at a newline only."""
+    return path.open(encoding="utf-8-sig", errors="replace", newline="\n")
+
+
+def parse_json(text: str):
+    """The value of a JSON text, None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+class Numbers(Mapping):
+    """Coefficients by name, known to be right, with the JSON text they came in, to be copied as it is."""
+
+    __slots__ = ["numbers", "text"]
+
+    def __init__(self, numbers: list[float], text: str):
+        self.numbers, self.text = numbers, text
+
+    def __getitem__(self, name: str) -> float:
+        return self.numbers[ARKIT_NAMES.index(name)]
+
+    def __iter__(self):
+        return iter(ARKIT_NAMES)
+
+    def __len__(self):
+        return len(ARKIT_NAMES)
+
+    def values(self):
+        return self.numbers
+
+
+# A record as these scripts write it, the names in order, numbers from 0 to 1. One match reads and checks it.
+TEXT = r'"([^"\\\x00-\x1f]*)"'
+NUMBER = r"(0\.[0-9]++|1\.0|0|1|[1-9](?:\.[0-9]+)?e-0*[1-9][0-9]*)"
+PLAIN = re.compile(rf'{{(?:"image": (?:null|{TEXT}), )?(?:"identity": {TEXT}, )?"coefficients": ({{'
+                   + ", ".join(f'"{name}": {NUMBER}' for name in ARKIT_NAMES) + r'})(?:, (".*))?}\s*')
+
+
+class Decimals(dict):
+    """The values of numbers in JSON: those of few decimals at hand, of others calculated."""
+
+    def __missing__(self, text: str) -> float:
+        return float(text)
+
+
+DECIMALS = Decimals({str(k / 10_000): k / 10_000 for k in range(10_001)})
+
+
+def read_plain(line: str) -> dict | None:
+    """The record in a line that matches PLAIN, None for other lines, whose JSON is read and checked."""
+    found = PLAIN.fullmatch(line)
+    if not found:
+        return None
+    image, identity, text, *numbers, rest = found.groups()
+    others = parse_json(f"{{{rest}}}") if rest else {}
+    if others is None or not others.keys().isdisjoint(("image", "identity", "coefficients")):
+        return None
+    record = {"image": image, "coefficients": Numbers(list(map(DECIMALS.__getitem__, numbers)), text)}
+    if identity is not None:
+        record["identity"] = identity
+    if others.get("error"):
+        record["error"] = others["error"]
+    return record
+
+
+def rows_of_jsonl(path: Path) -> Iterator[tuple]:
+    """Yields (where, record) of label or prediction records."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = read_plain(line)
+                rows = [(where, record)] if record else rows_of_json(path, json.loads(line), where)
+            except (ValueError, RecursionError) as error:
+                fix = "expected one object a line, delete a torn one"
+                raise SystemExit(f"{where}: not JSON ({error}); {fix}")
+            yield from rows
 
 
 def rows_of_json(path: Path, value, where: str) -> list[tuple]:
@@ -258,12 +312,14 @@ def rows_of_json(path: Path, value, where: str) -> list[tuple]:
         if type(value["coefficients"]) is dict:
             record["coefficients"] = {canonical(name): v for name, v in value["coefficients"].items()}
         return [(where, record)]
+    if isinstance(value, dict) and value.get("faceBlendshapes") == []:
+        return [(where, {"error": "no face was found"})]
     if isinstance(value, dict) and "faceBlendshapes" in value:
         return rows_of_json(path, value["faceBlendshapes"], where)
     if isinstance(value, dict) and is_categories(value.get("categories")):
         value = value["categories"]
     if is_categories(value):
-        value = {category.get("categoryName"): category.get("score") for category in value}
+        value = {category["categoryName"]: category.get("score") for category in value}
         value.pop("_neutral", None)
     if not isinstance(value, dict) or not {canonical(name) for name in value} & set(ARKIT_NAMES):
         raise SystemExit(f"{where}: expected an object with the field \"coefficients\", or {FORMS}")
@@ -273,13 +329,14 @@ def rows_of_json(path: Path, value, where: str) -> list[tuple]:
 def is_categories(value) -> bool:
     """Whether a JSON value is MediaPipe's list of {"categoryName", "score"}."""
     return isinstance(value, list) and bool(value) and all(
-        isinstance(part, dict) and "categoryName" in part for part in value)
+        isinstance(part, dict) and isinstance(part.get("categoryName"), str) for part in value)
 
 
-def rows_of_csv(path: Path, text: str) -> list[tuple]:
+def rows_of_csv(path: Path) -> list[tuple]:
     """(where, record) of a Live Link Face take, by column name; other columns are ignored."""
     try:
-        header, *lines = csv.reader(text.splitlines())
+        with open_text(path) as file:
+            header, *lines = csv.reader(file)
     except csv.Error as error:
         raise SystemExit(f"{path}: not readable as CSV ({error}); expected {FORMS}")
     columns = {canonical(name): place for place, name in enumerate(header)}
@@ -303,18 +360,24 @@ def rows_of_csv(path: Path, text: str) -> list[tuple]:
 
 
 def as_array(records: list[dict]) -> np.ndarray:
-    """The coefficients of records, dicts or already rows, as (N, C)."""
-    rows = [record["coefficients"] for record in records]
-    return np.array([list(row.values()) if isinstance(row, dict) else row for row in rows])
+    """The coefficients of records as (N, C)."""
+    numbers = chain.from_iterable(record["coefficients"].values() for record in records)
+    return np.fromiter(numbers, float).reshape(-1, len(ARKIT_NAMES))
+
+
+@lru_cache
+def relative_folder(path: str, folder: str) -> str:
+    """The path, with slashes and one at its end, of a folder seen from another one; both are absolute."""
+    relative = os.path.relpath(path, folder).replace(os.sep, "/")
+    return "" if relative == "." else relative + "/"
 
 
 def relative_image(image: str | None, folder: str) -> str | None:
     """The path relative to `folder`, with slashes, of an image that is absolute or already relative to it."""
     if not image:
         return None
-    inside = image.startswith(folder + os.sep) and ".." not in image  # the common case, and a fast one
-    path = image[len(folder) + 1:] if inside else os.path.relpath(os.path.join(folder, image), folder)
-    return path.replace(os.sep, "/")
+    path, name = os.path.split(os.path.join(folder, image))
+    return relative_folder(path, folder) + name
 
 
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
@@ -322,40 +385,63 @@ ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 def record_line(record: dict, folder: str, description: dict, annotator: str) -> str:
     """The line of an annotated record, its image relative to `folder`."""
-    image = relative_image(record.get("image"), folder)
-    line = {**record, "image": image, "description": description, "annotator": annotator}
-    text = getattr(record["coefficients"], "text", None)
-    if not text:
-        return ENCODE(line) + "\n"
-    line["coefficients"] = None
-    line = ENCODE(line)
-    return line.replace('"coefficients": null', f'"coefficients": {text}', 1) + "\n"
+    image = ENCODE(relative_image(record.get("image"), folder))
+    identity = f'"identity": {ENCODE(record["identity"])}, ' if "identity" in record else ""
+    coefficients = getattr(record["coefficients"], "text", None) or ENCODE(record["coefficients"])
+    return (f'{{"image": {image}, {identity}"coefficients": {coefficients}, '
+            f'"description": {ENCODE(description)}, "annotator": {ENCODE(annotator)}}}\n')
 
 
-def write_records(path: Path, records: Iterable[dict]) -> list[dict]:
-    """Describes the records by rules and writes them, whole or not at all.
+class Summary:
+    """What was written, in counts, so that the records need not be kept."""
 
-    Returns the records with their description, and with coefficients as rows (C,), which take less memory.
-    """
+    def __init__(self):
+        self.records, self.pictures, self.active = 0, 0, np.zeros(len(ARKIT_NAMES))
+        self.people, self.categories = set(), Counter()
+
+    def add(self, records: list[dict], values: np.ndarray, descriptions: list[dict]) -> None:
+        """Counts records, their coefficients as rows (N, C) and their descriptions."""
+        self.records += len(records)
+        self.pictures += sum(1 for record in records if record.get("image"))
+        self.active += (values >= ACTIVE).sum(axis=0)
+        self.people.update(record["identity"] for record in records if "identity" in record)
+        self.categories.update(description["expression_category"] for description in descriptions)
+
+    def show(self, counts: Counter) -> None:
+        """Prints the summary and, from `counts`, what was clipped or skipped while reading."""
+        oddities = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        print(f"{self.records} records, {len(self.people)} identities{oddities}")
+        common = self.categories.most_common(6)
+        shares = [f"{name} {100 * count / self.records:.0f}%" for name, count in common]
+        print(f"expressions: {', '.join(shares)}")
+        active = Counter(dict(zip(ARKIT_NAMES, self.active.tolist()))).most_common()
+        shares = [f"{name} {100 * count / self.records:.0f}%" for name, count in active]
+        print(f"most active: {', '.join(shares[:4])}; least: {', '.join(shares[-4:])}")
+
+
+def write_records(path: Path, records: Iterable[dict]) -> Summary:
+    """Describes the records by rules and writes them, whole or not at all."""
     folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    records, written = iter(records), []
-    gc.disable()  # to look for cycles among many records, where there are none, takes a fifth of the time
+    records, summary = iter(records), Summary()
+    gc.disable()  # looking for cycles, of which there are none, would take an eighth of the time
     try:
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             bar = tqdm(desc=f"describing {path.name}", unit=" faces", disable=None)
             while part := list(islice(records, 1000)):
                 values = as_array(part)
-                for record, row, description in zip(part, values, describe_all(values)):
-                    file.write(record_line(record, folder, description, "rules"))
-                    written.append({**record, "coefficients": row, "description": description})
+                descriptions = describe_all(values)
+                lines = [record_line(record, folder, description, "rules")
+                         for record, description in zip(part, descriptions)]
+                file.write("".join(lines))
+                summary.add(part, values, descriptions)
                 bar.update(len(part))
             bar.close()
         partial.replace(path)
     finally:
         gc.enable()
         partial.unlink(missing_ok=True)
-    return written
+    return summary
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -397,21 +483,22 @@ def classify(values: np.ndarray) -> list[tuple[str, str]]:
     norms = np.linalg.norm(vectors, axis=1)
     cosines = vectors @ VECTORS.T / np.maximum(norms, 1e-9)[:, None]  # (N, prototypes)
     order = np.argsort(-cosines, axis=1)[:, :2]
-    best, second = order[:, 0], order[:, 1]
-    first_cosines, second_cosines = np.take_along_axis(cosines, order, axis=1).T
-    peaks = (vectors * (VECTORS > 0)[best]).max(axis=1)
+    near = np.take_along_axis(cosines, order, axis=1)
+    active = vectors.max(axis=1) >= ACTIVE
+    peaks = (vectors * (VECTORS > 0)[order[:, 0]]).max(axis=1)
     results = []
-    for k, active in enumerate((vectors.max(axis=1) >= ACTIVE).tolist()):
-        emotion, other = PROTOTYPES[best[k]][0], PROTOTYPES[second[k]][0]
+    for columns in zip(active.tolist(), order.tolist(), near.tolist(), peaks.tolist()):
+        active, (best, second), (cosine, next_cosine), peak = columns
+        emotion, other = PROTOTYPES[best][0], PROTOTYPES[second][0]
         if not active:
             results.append(("neutral", "not clearly observable"))
-        elif first_cosines[k] < 0.5:
+        elif cosine < 0.5:
             results.append(("movement without a clear emotion", "not clearly observable"))
-        elif second_cosines[k] > 0.9 * first_cosines[k] and other != emotion:
+        elif next_cosine > 0.9 * cosine and other != emotion:
             mixed = f"{IMPLICATIONS[emotion]}, with {IMPLICATIONS[other]}"
             results.append((f"{emotion} mixed with {other}", mixed))
         else:
-            degree = {"slightly": "slight ", "moderately": "", "strongly": "strong "}[intensity(peaks[k])]
+            degree = {"slightly": "slight ", "moderately": "", "strongly": "strong "}[intensity(peak)]
             results.append((degree + emotion, IMPLICATIONS[emotion]))
     return results
 
@@ -534,23 +621,23 @@ class Llm:
         return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
-def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace) -> list[dict]:
+def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace) -> Summary:
     """Lets a language model describe the records and appends them as they come, from where it stopped.
 
     A malformed answer is asked for again, LLM_TRIES times in all. Then the rules describe the record, and its
-    "annotator" says so. Returns the records with their description.
+    "annotator" says so.
     """
     folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept, counts, described = [], Counter(), []
+    kept, counts, summary = [], Counter(), Summary()
     lines = partial.read_text("utf-8", "replace").split("\n") if partial.is_file() else []
     for line, record in zip(lines, records):
-        done = read_torn(line)
+        done = parse_json(line)
         if not done or done["coefficients"] != record["coefficients"] or args.llm not in done["annotator"]:
             break
         kept.append(line + "\n")
         counts[done["annotator"]] += 1
-        described.append(done)
+        summary.add([record], as_array([record]), [done["description"]])
     partial.write_text("".join(kept), "utf-8")
     llm = Llm(args.llm, args.device)
     bar = tqdm(total=len(records), initial=len(kept), desc="describing", unit=" faces", disable=None)
@@ -564,26 +651,18 @@ def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace)
                     prompts = [llm_prompt(batch[k]["coefficients"]) for k in open_ones]
                     for k, text in zip(open_ones, llm.write(prompts, sample=attempt > 0)):
                         found[k] = read_description(text)
-            for record, description in zip(batch, found):
-                annotator = args.llm if description else f"rules, since {args.llm} gave no valid answer"
-                description = description or describe(record["coefficients"])
-                file.write(record_line(record, folder, description, annotator))
+            for k, record in enumerate(batch):
+                annotator = args.llm if found[k] else f"rules, since {args.llm} gave no valid answer"
+                found[k] = found[k] or describe(record["coefficients"])
+                file.write(record_line(record, folder, found[k], annotator))
                 counts[annotator] += 1
-                described.append({**record, "description": description})
+            summary.add(batch, as_array(batch), found)
             file.flush()
             bar.update(len(batch))
     bar.close()
     partial.replace(path)
     print("described by " + ", ".join(f"{name}: {count}" for name, count in counts.items()))
-    return described
-
-
-def read_torn(line: str) -> dict | None:
-    """A record from a line that may be cut off."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+    return summary
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -858,7 +937,7 @@ def main(args: argparse.Namespace) -> None:
     records = islice(chain.from_iterable(inputs), args.limit)  # read while they are described and written
     first = next(records, None)
     if first is None:
-        raise SystemExit(f"{', '.join(args.inputs)}: no usable record ({dict(counts)})")
+        raise SystemExit(f"{', '.join(args.inputs)}: no usable record ({dict(counts)}); expected {FORMS}")
     ending = ".avatars" if args.render else ".annotated.jsonl"
     out = Path(args.out or Path(args.inputs[0]).with_suffix(ending))
     records = chain([first], records)
@@ -868,21 +947,12 @@ def main(args: argparse.Namespace) -> None:
     if out.absolute() in [Path(name).absolute() for name in args.inputs]:
         raise SystemExit(f"--out {out} is an INPUT and would be overwritten; choose another file")
     if args.llm:
-        records = write_llm_records(out, list(records), args)
+        summary = write_llm_records(out, list(records), args)
     else:
-        records = write_records(out, records)
-    people = {record["identity"] for record in records if "identity" in record}
-    oddities = "".join(f", {count} {what}" for what, count in counts.items() if count)
-    print(f"{len(records)} records, {len(people)} identities{oddities}")
-    values = as_array(records)
-    categories = Counter(record["description"]["expression_category"] for record in records)
-    shares = [f"{name} {100 * count / len(records):.0f}%" for name, count in categories.most_common(6)]
-    print(f"expressions: {', '.join(shares)}")
-    active = dict(zip(ARKIT_NAMES, (values >= ACTIVE).mean(axis=0).tolist()))
-    shares = [f"{name} {100 * share:.0f}%" for name, share in Counter(active).most_common()]
-    print(f"most active: {', '.join(shares[:4])}; least: {', '.join(shares[-4:])}")
+        summary = write_records(out, records)
+    summary.show(counts)
     print(f"wrote {out}")
-    if all(record.get("image") for record in records):
+    if summary.pictures == summary.records:
         print(f"next: python distill.py --data {out}")
 
 

@@ -204,10 +204,11 @@ def test_other_forms_of_coefficients(tmp_path):
         short.pop(name)
     csv_lines = [",".join(short), ",".join(map(str, short.values()))]
     forms = {"one": json.dumps({"faceBlendshapes": [{"categories": categories}]}),
-             "bare": json.dumps([categories, categories]), "many": json.dumps([{"faceBlendshapes": [
+             "bare": json.dumps([categories, categories]), "indented": json.dumps({"coefficients": values}, indent=1),
+             "many": json.dumps([{"faceBlendshapes": [
                  {"categories": categories}]}] * 3), "short": json.dumps(short), "csv": "\n".join(csv_lines),
              "lines": "\n".join(json.dumps({"coefficients": short}) for _ in range(4))}
-    for (name, text), count in zip(forms.items(), (1, 2, 3, 1, 1, 4)):
+    for (name, text), count in zip(forms.items(), (1, 2, 1, 3, 1, 1, 4)):
         (tmp_path / name).write_text(text)
         counts = Counter()
         records = list(annotate.read_input(tmp_path / name, None, 1, counts))
@@ -215,9 +216,12 @@ def test_other_forms_of_coefficients(tmp_path):
         assert +counts == ({"records without tongueOut, set to 0": count} if without else {})
         expected = {**values, "tongueOut": 0.0 if without else values["tongueOut"]}
         assert [record["coefficients"] for record in records] == [expected] * count, name
-    (tmp_path / "percent").write_text(json.dumps({**values, "jawOpen": 73}))
-    with pytest.raises(SystemExit, match="divide percentages"):
-        list(annotate.read_input(tmp_path / "percent", None, 1, Counter()))
+    refused = {"divide percentages": {**values, "jawOpen": 73}, "unknown": {"coefficients": {**values, "a": 0.5}},
+               "expected": [{"categoryName": [], "score": 0.5}]}
+    for message, value in refused.items():
+        (tmp_path / "refused").write_text(json.dumps(value))
+        with pytest.raises(SystemExit, match=message):
+            list(annotate.read_input(tmp_path / "refused", None, 1, Counter()))
 
 
 def test_numbers_are_copied_as_they_stand(tmp_path):
@@ -238,7 +242,7 @@ def test_empty_and_failed_entries_of_json_lines(tmp_path):
     path = write_jsonl(tmp_path / "mixed.jsonl", [[], good, [failed, good, failed]])
     counts = Counter()
     assert [record["coefficients"] for record in annotate.read_input(path, None, 1, counts)] == [ZEROS, ZEROS]
-    assert counts["failed predictions left out"] == 2
+    assert counts["without a face or a prediction left out"] == 2
 
 
 def test_a_line_ends_at_a_newline_only(demo, tmp_path):
@@ -252,6 +256,22 @@ def test_a_line_ends_at_a_newline_only(demo, tmp_path):
         assert [one["identity"] for one in found] == [record["identity"]]
         assert len(infer.images_of_records(tmp_path / name)) == 1
         assert len(evaluate.read_records(tmp_path / name)) == 1
+
+
+def test_images_without_a_face_keep_their_place(tmp_path):
+    face = {"faceBlendshapes": [{"categories": [{"categoryName": name, "score": 0.5} for name in NAMES]}]}
+    (tmp_path / "faces.json").write_text(json.dumps([face, {"faceBlendshapes": []}, face]))
+    counts = Counter()
+    found = list(annotate.read_input(tmp_path / "faces.json", ["a.png", "b.png", "c.png"], 1, counts))
+    assert [record["image"] for record in found] == ["a.png", "c.png"]
+    assert counts == {"without a face or a prediction left out": 1}
+
+
+def test_images_are_relative_to_the_records(tmp_path):
+    folder = str(tmp_path)
+    expected = {"a.png": "a.png", "./a.png": "a.png", "x/../a.png": "a.png", "../b/a.png": "../b/a.png",
+                f"{folder}/x/a.png": "x/a.png", f"{tmp_path.parent}/a.png": "../a.png", "": None}
+    assert {image: annotate.relative_image(image, folder) for image in expected} == expected
 
 
 def test_every_nth_row_keeps_its_picture(demo, tmp_path):
