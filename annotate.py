@@ -264,20 +264,16 @@ DECIMALS = Decimals({str(k / 10_000): k / 10_000 for k in range(10_001)})
 
 
 def read_plain(line: str) -> dict | None:
-    """The record in a line that matches PLAIN, None for other lines, whose JSON is read and checked."""
+    """The record in a line that matches PLAIN, its coefficients as Numbers. None for other lines."""
     found = PLAIN.fullmatch(line)
     if not found:
         return None
     image, identity, text, *numbers, rest = found.groups()
     others = parse_json(f"{{{rest}}}") if rest else {}
-    if others is None or not others.keys().isdisjoint(("image", "identity", "coefficients")):
+    if others is None or "coefficients" in others:
         return None
-    record = {"image": image, "coefficients": Numbers(list(map(DECIMALS.__getitem__, numbers)), text)}
-    if identity is not None:
-        record["identity"] = identity
-    if others.get("error"):
-        record["error"] = others["error"]
-    return record
+    first = {"image": image} if identity is None else {"image": image, "identity": identity}
+    return {**first, **others, "coefficients": Numbers(list(map(DECIMALS.__getitem__, numbers)), text)}
 
 
 def rows_of_jsonl(path: Path) -> Iterator[tuple]:
@@ -288,19 +284,21 @@ def rows_of_jsonl(path: Path) -> Iterator[tuple]:
                 continue
             where = f"{path}, line {number}"
             try:
-                record = read_plain(line)
-                rows = [(where, record)] if record else rows_of_json(path, json.loads(line), where)
+                value = read_plain(line) or json.loads(line)
             except (ValueError, RecursionError) as error:
                 fix = "expected one object a line, delete a torn one"
                 raise SystemExit(f"{where}: not JSON ({error}); {fix}")
-            yield from rows
+            yield from rows_of_json(path, value, where)
 
 
 def rows_of_json(path: Path, value, where: str) -> list[tuple]:
     """(where, record) of a JSON value: a record, MediaPipe's result for one or many images, or just names."""
     where = where or f"{path}, line 1"
     if isinstance(value, list) and not is_categories(value):
-        parts = [rows_of_json(path, part, f"{where}, entry {k}") for k, part in enumerate(value, 1)]
+        try:
+            parts = [rows_of_json(path, part, f"{where}, entry {k}") for k, part in enumerate(value, 1)]
+        except RecursionError:
+            raise SystemExit(f"{path}: hundreds of lists within lists; expected {FORMS}")
         return [row for part in parts for row in part]
     if isinstance(value, dict) and "coefficients" in value:
         record = {key: value[key] for key in ("image", "identity", "coefficients", "error") if key in value}

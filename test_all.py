@@ -217,9 +217,9 @@ def test_other_forms_of_coefficients(tmp_path):
         expected = {**values, "tongueOut": 0.0 if without else values["tongueOut"]}
         assert [record["coefficients"] for record in records] == [expected] * count, name
     refused = {"divide percentages": {**values, "jawOpen": 73}, "unknown": {"coefficients": {**values, "a": 0.5}},
-               "expected": [{"categoryName": [], "score": 0.5}]}
+               "expected": [{"categoryName": [], "score": 0.5}], "lists within lists": "[" * 600 + "]" * 600}
     for message, value in refused.items():
-        (tmp_path / "refused").write_text(json.dumps(value))
+        (tmp_path / "refused").write_text(value if isinstance(value, str) else json.dumps(value))
         with pytest.raises(SystemExit, match=message):
             list(annotate.read_input(tmp_path / "refused", None, 1, Counter()))
 
@@ -228,6 +228,7 @@ def test_numbers_are_copied_as_they_stand(tmp_path):
     numbers = ", ".join(f'"{name}": {"1.0e-3" if name == "jawOpen" else "0.250"}' for name in NAMES)
     lines = [f'{{"image": null, "identity": "\\"coefficients\\": {{", "coefficients": {{{numbers}}}}}',
              f'{{"coefficients": {{{numbers}}}, "other": {{"coefficients": {{"jawOpen": 1.0}}}}}}',
+             f'{{"image": null, "coefficients": {{{numbers}}}, "identity": "last"}}',
              f'{{"other": {{"coefficients": {{"jawOpen": 1.0}}}}, "coefficients": {{{numbers}}}}}']
     (tmp_path / "labels.jsonl").write_text("\n".join(lines))
     run_main(annotate, tmp_path / "labels.jsonl", "--out", tmp_path / "o.jsonl")
@@ -235,6 +236,7 @@ def test_numbers_are_copied_as_they_stand(tmp_path):
     assert numbers in written[1]
     for line in written:
         assert json.loads(line)["coefficients"] == {**dict.fromkeys(NAMES, 0.25), "jawOpen": 0.001}
+    assert json.loads(written[2])["identity"] == "last"
 
 
 def test_empty_and_failed_entries_of_json_lines(tmp_path):
