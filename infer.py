@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Inference for SemanticFace (arXiv 2603.14827, Sec. 3.2): images -> description and 52 ARKit coefficients.
+"""Inference for SemanticFace (arXiv 2603.14827): images -> description and 52 ARKit coefficients.
 
-The answer's braces, names and quotes are known in advance, so they are fed to the model, not sampled: every
-answer is valid and complete by construction. The model decides the words of the description and, for each
-coefficient, a distribution over the eleven values 0.0, 0.1, ... 1.0, whose mean is the estimate (RAIL,
-arXiv 2403.04182) and whose standard deviation is reported.
+The answer's braces, names and quotes are known in advance, so they are fed, not sampled: every
+answer is complete and valid. The model decides the words and, for each coefficient, a distribution
+over 0.0, 0.1, ... 1.0, whose mean is the estimate (RAIL, arXiv 2403.04182).
 
-Reads:  pictures, folders of pictures, .jsonl records with an "image", a checkpoint folder of distill.py,
-        or, with --prompt FILE, a Qwen-VL or PEFT adapter trained elsewhere (see also --decode generate)
-Writes: prediction records, one JSON object a line, image paths relative to the file. An unreadable picture
-        becomes an error record. With --csv a Live Link Face take, with --plot a chart of each picture
-    {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05, ...},
-     "description": {"expression_category": "slight happiness", ...}, "error": null}
+Reads:  pictures, folders of pictures, .jsonl records with an "image", a folder of distill.py or,
+        with --prompt, any Qwen-VL or PEFT adapter for one
+Writes: prediction records, one JSON object a line, with --csv a Live Link Face take, with --plot
+        charts. A picture that cannot be used gets its "error" and null coefficients
+    {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05,
+     ...}, "description": {"expression_category": "slight happiness", ...}, "error": null}
 
-    python infer.py photo.jpg folder/ --model runs/demo --out predictions.jsonl --csv take.csv --plot charts/
+    python infer.py photo.jpg folder/ --model runs/demo --out predictions.jsonl --csv take.csv
 
-Shapes: B images in a batch, T tokens so far, n new tokens, V vocabulary, C = 52 coefficients.
+Shapes: B images, T tokens so far, n new tokens, D width, C = 52 coefficients, L tokens a number.
 """
 import argparse
 import csv
@@ -23,26 +22,18 @@ import json
 import math
 import os
 import re
-import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import textwrap
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
-
-# ---------------------------------------------------------------------------------------------------
-# Constants
-# ---------------------------------------------------------------------------------------------------
 
 # The 52 names in Live Link Face column order; the same block stands in every script.
 ARKIT_NAMES = [
@@ -57,214 +48,53 @@ ARKIT_NAMES = [
     "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
     "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
-FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
-VALUES = [f"{k / 10:.1f}" for k in range(11)]  # one decimal, Sec. 3.2
+FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
+VALUES = [f"{k / 10:.1f}" for k in range(11)]  # a coefficient is written with one decimal
 # What an answer holds, in its order; the paper's is "semantic".
-PARTS = {"semantic": ("analysis", "arkit"), "numeric": ("arkit",), "numbers-first": ("arkit", "analysis")}
+PARTS = {"semantic": ("analysis", "arkit"), "numeric": ("arkit",),
+         "numbers-first": ("arkit", "analysis")}
+# A numbered heading of an answer in Markdown: "**1. Category**" or "4. **Symmetry**: symmetric".
+HEADING = re.compile(
+    r"(?im)^\W*\d[.)]\W*[^\n:*]*(?:category|movement|implication|symmetry)[^\n:*]*[*:]*")
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
-          "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
-MAX_TEXT_TOKENS = 400  # of one description field
-MAX_NEW_TOKENS = 2048  # of an answer with --decode generate
-FOREIGN_PIXELS = 1024 * 32 * 32  # of a picture for a checkpoint trained elsewhere: 1024 image tokens
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
-WINDOW = 52  # undecided tokens of the numbers that one pass feeds
-GUESSES = 3  # tokens of a text that are guessed ahead
-READERS = 4  # threads that open pictures ahead of the model
-COLORS = {"subject's left": (0, 114, 178), "subject's right": (230, 159, 0), "unpaired": (120, 120, 120)}
-INK, GRID = (40, 40, 40), (225, 225, 225)
-MAX_ASPECT = 200  # the image processor refuses a picture that is longer than this
-
+          "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]  # the last columns of a Live Link take
+MAX_TEXT_TOKENS, MAX_NEW_TOKENS = 400, 2048  # of a description field, of a free answer
+FOREIGN_PIXELS = 1024 * 32 * 32  # at most, for a checkpoint trained elsewhere: 1024 image tokens
+INK, GRID = "#282828", "#e1e1e1"
+COLORS = {"subject's left": "#0072b2", "subject's right": "#e69f00", "unpaired": "#787878"}
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Reads the command line, or `argv`."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", default=["data/demo/val.jsonl"],
-        help="pictures, folders of pictures, .jsonl records (default: the demo's held-out faces)")
-    add("--model", default="runs/demo", help="checkpoint folder of distill.py (default %(default)s)")
+        help="pictures, folders of them, .jsonl records (default: the demo's held-out faces)")
+    add("--model", default="runs/demo", help="checkpoint folder (default %(default)s)")
+    add("--prompt", help="file for a checkpoint trained elsewhere: [system prompt, ---,] prompt")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
     add("--csv", help="also write a Live Link Face take, one row for each picture in order")
-    add("--plot", help="also draw a chart of each picture into this folder")
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
+    add("--plot", help="also draw a chart of each picture into this folder")
     add("--decode", choices=["forced", "generate"], default="forced",
-        help="feed the skeleton, or let the model write it all and read what it wrote (default %(default)s)")
-    add("--prompt", help="text file with the prompt of a checkpoint trained elsewhere; what stands before a "
-        "line --- is its system prompt")
+        help="feed the skeleton, or read what the model writes freely (default %(default)s)")
     add("--estimate", choices=["mean", "median", "mode"], default="mean",
-        help="of each distribution; mode is what greedy decoding writes (default %(default)s)")
-    add("--numeric", action=argparse.BooleanOptionalAction, default=False, help="numbers, no description")
-    add("--batch-size", type=int, default=32, help="pictures decoded together (default %(default)s)")
+        help="of each distribution; mode is the greedy answer (default %(default)s)")
+    add("--numeric", action=argparse.BooleanOptionalAction, default=False, help="numbers only")
+    add("--batch-size", type=int, default=32, help="pictures at a time (default %(default)s)")
     add("--limit", type=int, help="use the first LIMIT pictures only")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the weights; auto is bfloat16 on a GPU, else float32 (default %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+        help="of the weights; auto is bfloat16 on a GPU (default %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
 
-
-# ---------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------
-
-def list_images(inputs: list[str]) -> list[Path]:
-    """Paths of the pictures in files, folders (sorted) and .jsonl records. SystemExit if there is none."""
-    images = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if not found:
-                raise SystemExit(f"{path} holds no pictures; expected files such as .png, .jpg or .webp")
-            images += found
-        elif path.suffix == ".jsonl" and path.is_file():
-            images += images_of_records(path)
-        elif path.is_file():
-            images.append(path)
-        else:
-            raise SystemExit(f"{path} does not exist; expected pictures, folders of them or .jsonl records")
-    if not images:
-        raise SystemExit(f"{', '.join(inputs)}: no picture; expected pictures, folders of them or .jsonl")
-    return list(dict.fromkeys(images))
-
-
-def images_of_records(path: Path) -> list[Path]:
-    """The pictures that a .jsonl file names, relative to it. SystemExit names the line that has none."""
-    images = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n"), 1):
-        try:
-            images.append(path.parent / json.loads(line)["image"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            example = '{"image": "images/000001.png", ...}'
-            raise SystemExit(f"{path}, line {number}: no \"image\"; expected JSON lines such as {example}")
-    return images
-
-
-def open_image(path: str) -> Image.Image:
-    """Opens a picture upright and in RGB: 16-bit grey is scaled down, what is transparent becomes white."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def try_image(source) -> tuple:
-    """Returns (picture, None), or (None, why) where `source`, a path or an open picture, cannot be used."""
-    try:
-        picture = source.convert("RGB") if isinstance(source, Image.Image) else open_image(source)
-    except Exception as error:  # Pillow's readers raise a dozen types on damaged files
-        return None, f"{type(error).__name__}: {error}"
-    if max(picture.size) > MAX_ASPECT * min(picture.size):
-        size = f"{picture.width} x {picture.height} pixels"
-        return None, f"{size}: one side is over {MAX_ASPECT} times the other; crop the picture to the face"
-    return picture, None
-
-
-def open_ahead(images: list, batch_size: int):
-    """Yields (sources, their pictures) batch by batch; threads open the next batch while one is decoded."""
-    waiting = deque()
-    with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(images), batch_size):
-            sources = images[start:start + batch_size]
-            waiting.append((sources, pool.map(try_image, sources)))
-            if len(waiting) > 1:
-                sources, opened = waiting.popleft()
-                yield sources, list(opened)
-        for sources, opened in waiting:
-            yield sources, list(opened)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------
-
-def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: str | None = None):
-    """Loads a checkpoint or adapter folder of distill.py for `predict`. SystemExit if it is not finished.
-
-    With `prompt_file`, any Qwen-VL (folder or hub id) and any PEFT adapter for one (folder).
-    """
-    folder, run = Path(model_dir), {"prompt": "", "supervision": "semantic", "max_pixels": None}
-    adapter_file = folder / "adapter_config.json"
-    weights_file = adapter_file if adapter_file.is_file() else folder / "config.json"
-    finished = weights_file.is_file() and (folder / "run.json").is_file()
-    if not finished and not prompt_file:
-        fix = "make one with: python distill.py; one trained elsewhere needs --prompt FILE"
-        if (folder / "state.pt").is_file():
-            fix = f"finish the run with: python distill.py --out {folder} --resume"
-        raise SystemExit(f"--model {folder} holds no finished checkpoint (config.json and run.json); {fix}")
-    system, prompt = read_prompt(Path(prompt_file)) if prompt_file else ("", None)
-    try:
-        if finished:
-            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        prompt, pixels, supervision = prompt or run["prompt"], run["max_pixels"], run["supervision"]
-        adapter = json.loads(adapter_file.read_text(encoding="utf-8")) if adapter_file.is_file() else None
-        base = adapter["base_model_name_or_path"] if adapter else model_dir
-        auto = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        weights_dtype = auto if dtype == "auto" else getattr(torch, dtype)
-        network = AutoModelForImageTextToText.from_pretrained(base, dtype=weights_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(base)
-        updates = load_file(folder / "adapter_model.safetensors") if adapter else {}
-        head = load_file(folder / "regression.safetensors", device) if run.get("steps") == 0 else None
-    except Exception as error:  # a damaged file surfaces as one of a dozen types, all with the same cure
-        first = str(error).partition("\n")[0]
-        why = f"{type(error).__name__}: {first}"
-        raise SystemExit(f"--model {model_dir} cannot be read ({why}); copy it again or repeat distill.py")
-    if adapter:
-        merge_adapter(network, adapter, updates)
-    # A checkpoint of distill.py gets pictures scaled as in its training, any other within its own bounds.
-    size = {"shortest_edge": pixels or FOREIGN_PIXELS // 16, "longest_edge": pixels or FOREIGN_PIXELS}
-    return SimpleNamespace(network=network.to(device).eval(), tokenizer=tokenizer, system=system,
-                           prompt=prompt, image_processor=image_processor, size=size, head=head,
-                           supervision=supervision, device=torch.device(device), blocks={}, memory={})
-
-
-@torch.no_grad()
-def merge_adapter(network, config: dict, updates: dict) -> None:
-    """Adds alpha / r B A of a PEFT adapter to the weights (LoRA, arXiv 2106.09685, Eq. 3), in float32.
-
-    Every tensor must find its weight: an adapter that matches nothing would silently do nothing. Raises
-    SystemExit, naming the first that does not (DoRA's magnitudes and trained biases among them).
-    """
-    def module_of(key: str) -> str:
-        return key.removeprefix("base_model.model.").split(".lora_")[0]
-
-    weights = dict(network.named_parameters())
-    pairs = {key.replace(".lora_A.", ".lora_B."): key for key in updates if ".lora_A." in key}
-    for key in {*updates, *pairs}:
-        is_matrix = key in pairs or key in pairs.values()
-        if not is_matrix or key not in updates or f"{module_of(key)}.weight" not in weights:
-            raise SystemExit(f"the adapter's {key} matches no weight of {config['base_model_name_or_path']}; "
-                             "expected pairs of LoRA matrices for the model that the adapter was trained on")
-    for key_b, key_a in pairs.items():
-        name = module_of(key_b)
-        low, high = updates[key_a].float(), updates[key_b].float()  # (r, in), (out, r)
-        alpha = config["lora_alpha"]
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            alpha = value if re.fullmatch(rf"(.*\.)?{pattern}", name) else alpha
-        scale = alpha / (math.sqrt(len(low)) if config.get("use_rslora") else len(low))
-        weight = weights[f"{name}.weight"]
-        weight.copy_((weight.float() + scale * high @ low).to(weight.dtype))
-
-
-def read_prompt(path: Path) -> tuple[str, str]:
-    """Reads (system turn of the chat, prompt) from a text file, parted by a line --- if there are both."""
-    if not path.is_file() or not path.read_text(encoding="utf-8").strip():
-        state = "is empty" if path.is_file() else "does not exist"
-        raise SystemExit(f"--prompt {path} {state}; expected a text file with the prompt")
-    *system, prompt = re.split(r"^---$", path.read_text(encoding="utf-8"), maxsplit=1, flags=re.M)
-    return "".join(f"<|im_start|>system\n{text.strip()}<|im_end|>\n" for text in system), prompt.strip()
-
-
-def prompt_text(prompt: str, image_tokens: int) -> str:
-    """The Qwen-VL chat up to the answer, with the image's place holders written by hand."""
-    image = "<|vision_start|>" + "<|image_pad|>" * image_tokens + "<|vision_end|>"
-    return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
-
+# ---- Forced decoding: feed the skeleton, decide the slots ----------------------------------------
+# One answer, shortened. The model decides what stands in [ ]; the rest is the skeleton, and fed:
+#   {"analysis": {"expression_category": "[slight happiness]", ..., "symmetry": "[symmetric]"},
+#    "arkit": {"eyeBlinkLeft": [0.1], "eyeLookDownLeft": [0.0], ..., "tongueOut": [0.0]}}
 
 def answer_skeleton(supervision: str) -> list[tuple]:
-    """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, at the end, None."""
+    """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, last, None."""
     pieces, text = [], "{"
     for part in PARTS[supervision]:
         quote = '"' if part == "analysis" else ""
@@ -275,572 +105,440 @@ def answer_skeleton(supervision: str) -> list[tuple]:
         text = f"{quote}}}, "
     return pieces + [(f"{quote}}}}}", None)]
 
-
-def prepare(model: SimpleNamespace, images: list[Image.Image]) -> dict:
-    """Pictures -> model inputs: prompts (B, T) padded on the left, so that answers start in one column."""
-    pixels = model.image_processor(images, size=model.size, return_tensors="pt")
-    counts = pixels["image_grid_thw"].prod(dim=1) // model.image_processor.merge_size ** 2  # (B,)
-    texts = [model.system + prompt_text(model.prompt, count) for count in counts.tolist()]
-    prompts = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[model.tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]),
-        # Without these types generate() would quietly fall back to text positions for the image.
-        "mm_token_type_ids": (input_ids == model.tokenizer.convert_tokens_to_ids("<|image_pad|>")).long(),
-        "pixel_values": pixels["pixel_values"],
-        "image_grid_thw": pixels["image_grid_thw"],
-    }
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
-
-
-# ---------------------------------------------------------------------------------------------------
-# Forced decoding: feed the skeleton, decide the slots
-# ---------------------------------------------------------------------------------------------------
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, in buffers with room for more: torch.cat would copy all at each step."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple:
-        """Appends (B, heads, n, D) tensors and returns views of all keys and values so far."""
-        length = self.get_seq_length()
-        stop = length + key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
-        if stop > self.buffers[0].shape[2]:
-            kept = self.keys, self.values
-            self.buffers = [states.new_empty(*states.shape[:2], 2 * stop, states.shape[3])
-                            for states in (key_states, value_states)]
-            if length:
-                for buffer, states in zip(self.buffers, kept):
-                    buffer[:, :, :length] = states
-        for buffer, states in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, length:stop] = states
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
-        return self.keys, self.values
-
-
 class Answers:
-    """B answers in the making: their key-value cache and the mask of its tokens (B, T)."""
+    """B answers in the making: the key-value cache and attention mask (B, T) of their tokens."""
 
     def __init__(self, network, inputs: dict):
-        self.body, self.head, self.mask = network.model, network.lm_head, inputs["attention_mask"]
-        self.padded = not bool(self.mask.all())
-        self.cache = DynamicCache()
-        self.cache.layers = [RoomyLayer() for _ in range(network.config.text_config.num_hidden_layers)]
-        self.body(**inputs, past_key_values=self.cache, use_cache=True)
-        self.offset = self.body.rope_deltas  # (B, 1): an image takes fewer positions than tokens
+        self.network, self.cache, self.mask = network, DynamicCache(), inputs["attention_mask"]
+        network.model(**inputs, past_key_values=self.cache, use_cache=True)
+        self.offset = network.model.rope_deltas  # (B, 1): images take fewer positions than tokens
 
-    def feed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Appends tokens (B, n); returns the hidden states (B, n, D) behind each of them."""
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)  # (B, T + n)
+    def feed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Appends tokens (B, n), padding where the mask is 0. Returns hidden states (B, n, D)."""
+        self.mask = torch.cat([self.mask, mask], dim=1)  # (B, T)
         positions = (self.mask.cumsum(dim=1) - 1)[:, -ids.shape[1]:] + self.offset  # (B, n)
-        mask = self.mask if self.padded else None  # without one, attention is faster
-        return self.body(input_ids=ids, attention_mask=mask, past_key_values=self.cache,
-                         position_ids=positions.expand(3, -1, -1), use_cache=True).last_hidden_state
+        return self.network.model(
+            input_ids=ids, attention_mask=self.mask, position_ids=positions.expand(3, -1, -1),
+            past_key_values=self.cache, use_cache=True).last_hidden_state
 
-    def take_back(self, count: int) -> None:
-        """Removes the last `count` tokens."""
-        if count:
-            self.cache.crop(-count)
-            self.mask = self.mask[:, :-count]
+def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int) -> list[list[int]]:
+    """Feeds a piece of skeleton, then decodes greedily until every answer chose the closing token.
+    Returns the token ids of each text. In the cache, shorter ones are padded and masked."""
+    ids = torch.tensor(skeleton_ids, device=answers.mask.device).repeat(len(answers.mask), 1)
+    is_open = torch.ones_like(ids[:, :1])  # (B, 1), 0 where the text has ended
+    texts = [[] for _ in ids]
+    for _ in range(MAX_TEXT_TOKENS):
+        hidden = answers.feed(ids, is_open.expand_as(ids))[:, -1:]  # (B, 1, D)
+        ids = answers.network.lm_head(hidden).argmax(dim=-1)  # (B, 1)
+        is_open = is_open * (ids != closing_id)
+        if not is_open.any():
+            return texts
+        for text, token, goes_on in zip(texts, ids[:, 0].tolist(), is_open[:, 0].tolist()):
+            if goes_on:
+                text.append(token)
+    answers.feed(ids, is_open)  # a text that is cut off: its last token has not been fed
+    return texts
 
-    def keep(self, counts: list[int], fed: int) -> None:
-        """Of the last `fed` tokens keeps the first `counts` of each answer; others become masked padding."""
-        width = max(counts)
-        self.take_back(fed - width)
-        if min(counts) < width:
-            kept = torch.arange(width) < torch.tensor(counts)[:, None]  # (B, width)
-            self.mask[:, -width:] *= kept.to(self.mask)
-            self.padded = True
+def decode_numbers(answers: Answers, pieces: list[tuple], value_ids: torch.Tensor) -> tuple:
+    """Decides the coefficients by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
 
-
-def guess(memory: dict, context: list[int], field: int, openings: list, closings: list[int]) -> list[int]:
-    """GUESSES tokens, or a few more: what last followed the same two tokens, and the skeleton in between."""
-    guesses = []
-    while len(guesses) < GUESSES and field < len(closings):
-        token = memory.get(tuple((context + guesses)[-2:]))
-        if token is None:
-            break
-        closes = token == closings[field]
-        field += closes
-        guesses += openings[field] if closes else [token]
-    return guesses
-
-
-def decode_texts(answers: Answers, unfed: torch.Tensor, openings: list, closings: list[int], pad_id: int,
-                 memory: dict) -> list[list[list[int]]]:
-    """Greedy decoding of the description's fields, each until the token that closes it.
-
-    `unfed` (B, n) stands in the answers but not in the cache. `openings` are the token ids of the skeleton
-    before each field and, empty, behind the last, `closings` the first token behind each. Guesses from
-    earlier texts, which `memory` holds, are fed along and kept as far as the model agrees: the same words in
-    fewer passes (prompt lookup, as in arXiv 2304.04487). Returns the token ids of each answer's fields.
+    All numbers are guessed, fed at once, and replaced by what the model chooses in their places.
+    The first wrong one, and all before it, are now greedy, what follows is guessed better in the
+    next pass. A pass that changes nothing has found the greedy answer. `pieces` are (token ids,
+    slot) of the skeleton. Returns distributions (B, C, 11) and the greedy choice (B, C).
     """
-    contexts = [row + openings[0] for row in unfed.tolist()]  # what stands in each answer from here on
-    fed = [0] * len(contexts)  # how many tokens of it are in the cache
-    texts = [[[]] for _ in contexts]  # the fields of each answer, the last of them unfinished
-    while any(len(fields) <= len(FIELDS) for fields in texts):
-        rows = []
-        for context, done, fields in zip(contexts, fed, texts):
-            guesses = guess(memory, context, len(fields) - 1, openings, closings)
-            rows.append(context[done:] + guesses if len(fields) <= len(FIELDS) else [])
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=unfed.device)
-        chosen = answers.head(answers.feed(ids)).argmax(dim=-1).tolist()  # (B, width)
-        kept = [0] * len(rows)
-        for k, (row, fields) in enumerate(zip(rows, texts)):
-            certain = contexts[k][fed[k]:]
-            # While all certain tokens were fed, what the model chose behind them is certain too.
-            while len(fields) <= len(FIELDS) and row[:len(certain)] == certain:
-                kept[k] = len(certain)
-                token = chosen[k][len(certain) - 1]
-                if token == closings[len(fields) - 1] or len(fields[-1]) == MAX_TEXT_TOKENS:
-                    certain += openings[len(fields)]
-                    fields.append([])
-                else:
-                    certain.append(token)
-                    fields[-1].append(token)
-            contexts[k][fed[k]:] = certain
-            fed[k] += kept[k]
-        answers.keep(kept, width)
-    for context in contexts:
-        tokens = context + closings[-1:]
-        memory.update({(one, two): three for one, two, three in zip(tokens, tokens[1:], tokens[2:])})
-    return [fields[:len(FIELDS)] for fields in texts]
+    block, columns = [], []
+    for skeleton_ids, slot in pieces:
+        if slot in ARKIT_NAMES:
+            block += skeleton_ids
+            columns.append(list(range(len(block), len(block) + value_ids.shape[1])))
+            block += value_ids[0].tolist()  # 0.0 is the first guess
+    columns = torch.tensor(columns, device=value_ids.device)  # (C, L): where the numbers stand
+    tokens = torch.tensor(block, device=value_ids.device).repeat(len(answers.mask), 1)  # (B, n)
+    guess = torch.zeros(len(tokens), len(columns), dtype=torch.long, device=value_ids.device)
+    while True:
+        hidden = answers.feed(tokens, torch.ones_like(tokens))[:, columns - 1]  # (B, C, L, D)
+        probabilities, choice = read_numbers(answers.network.lm_head.weight, hidden, value_ids)
+        if torch.equal(choice, guess):
+            return probabilities, choice
+        guess = choice
+        tokens[:, columns] = value_ids[choice]  # (B, C, L)
+        answers.cache.crop(-len(block))
+        answers.mask = answers.mask[:, :-len(block)]
 
-
-def number_block(encode, supervision: str) -> tuple[list, list, list, list]:
-    """The token ids of all names and values "0.0", and what is undecided among them.
-
-    Returns ids, the columns of undecided tokens, the options, and how many of these each column has: eleven
-    in the tiny model, where a number is one token. Where digits are split, two before the point, ten behind.
-    """
-    values = [encode(value) for value in VALUES]
-    assert len({len(value_ids) for value_ids in values}) == 1, f"values differ in length: {values}"
-    choices = [list(dict.fromkeys(place)) for place in zip(*values)]
-    options = max(choices, key=len)
-    ids, columns, counts = [], [], []
-    for text, slot in answer_skeleton(supervision):
-        if slot not in ARKIT_NAMES:
-            continue
-        ids += encode(text)
-        for chosen in choices:
-            if len(chosen) > 1:
-                assert chosen == options[:len(chosen)], f"values share no digits: {values}"
-                columns.append(len(ids))
-                counts.append(len(chosen))
-            ids.append(chosen[0])
-    return ids, columns, options, counts
-
-
-def decode_numbers(answers: Answers, block: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decides the S undecided tokens by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
-
-    A guess for many tokens is fed at once. The first wrong one, and all before it, are then decided exactly
-    as by feeding one at a time. Those after it have a better guess for the next pass. Returns the logits of
-    the O options (B, S, O), -inf where there is none, the greedy choice among them (B, S), and the tokens
-    that are decided and not yet fed (B, n).
-    """
-    ids, columns, options, counts = block
-    device, batch_size = answers.mask.device, len(answers.mask)
-    option_ids = torch.tensor(options, device=device)  # (O,)
-    head = answers.head.weight[option_ids]  # (O, D): no other token can stand here
-    order = torch.arange(len(options), device=device)
-    missing = order >= torch.tensor(counts, device=device)[:, None]  # (S, O)
-    tokens = torch.tensor(ids, device=device).repeat(batch_size, 1)  # (B, T)
-    scores = torch.zeros(batch_size, len(columns), len(options), device=device)
-    choice = torch.zeros(batch_size, len(columns), dtype=torch.long, device=device)
-    fed, done = 0, 0  # tokens in the cache, decided tokens
-    while done < len(columns):
-        window = slice(done, done + WINDOW)
-        places = torch.tensor(columns[window], device=device)  # (n,)
-        stop = columns[window][-1]
-        hidden = answers.feed(tokens[:, fed:stop])[:, places - 1 - fed]  # (B, n, D)
-        scores[:, window] = (hidden @ head.T).float().masked_fill(missing[window], -torch.inf)  # (B, n, O)
-        before = choice.clone()
-        choice[:, window] = scores[:, window].argmax(dim=-1)
-        if len(columns) == 2 * len(ARKIT_NAMES):  # where digits are split, only "0" can follow "1."
-            choice[:, 1::2].masked_fill_(choice[:, 0::2] == 1, 0)
-        wrong = (choice != before)[:, window].any(dim=0).tolist()
-        tokens[:, places] = option_ids[choice[:, window]]
-        done += wrong.index(True) + 1 if True in wrong else len(wrong)
-        fed = columns[done - 1]  # what was fed behind it may have followed a wrong guess
-        answers.take_back(stop - fed)
-    return scores, choice, tokens[:, fed:]
-
+def read_numbers(weight: torch.Tensor, hidden: torch.Tensor, value_ids: torch.Tensor) -> tuple:
+    """Distributions (B, C, 11) and greedy choice (B, C) from lm_head's matrix and the hidden states
+    (B, C, L, D) that predict a number's tokens, of which `value_ids` (11, L) are possible."""
+    last = hidden[:, :, -1]  # (B, C, D)
+    if value_ids.shape[1] == 1:  # a number is one token: eleven options
+        scores = (last @ weight[value_ids[:, 0]].T).float()  # (B, C, 11)
+        return scores.softmax(dim=-1), scores.argmax(dim=-1)
+    # Digits are split: "0" or "1", then "." and the tenths, of which "1." allows only "0".
+    whole = (hidden[:, :, 0] @ weight[value_ids[[0, 10], 0]].T).float()  # (B, C, 2)
+    tenths = (last @ weight[value_ids[:10, -1]].T).float()  # (B, C, 10)
+    is_one = whole.argmax(dim=-1) == 1  # (B, C)
+    choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
+    # Behind "1." nothing is known of the tenths behind "0.": they count as 0.9, its neighbour.
+    nine = torch.eye(10, device=tenths.device)[9]
+    tenths = torch.where(is_one[:, :, None], nine, tenths.softmax(dim=-1))
+    whole = whole.softmax(dim=-1)
+    return torch.cat([whole[:, :, :1] * tenths, whole[:, :, 1:]], dim=-1), choice
 
 @torch.inference_mode()
-def decode_forced(model: SimpleNamespace, inputs: dict, supervision: str) -> tuple:
-    """Forced-skeleton decoding of a batch.
-
-    Returns probabilities (B, C, 11), the greedy choice as numbers (B, C) and the descriptions.
-    """
+def decode_forced(model: "Model", inputs: dict, supervision: str) -> tuple:
+    """Distributions (B, C, 11), greedy choice among VALUES (B, C) and descriptions of a batch."""
     def encode(text: str) -> list[int]:
         return model.tokenizer.encode(text, add_special_tokens=False)
 
-    if supervision not in model.blocks:
-        model.blocks[supervision] = number_block(encode, supervision)
-    pieces = answer_skeleton(supervision)
+    pieces = [(encode(text), slot) for text, slot in answer_skeleton(supervision)]
+    value_ids = torch.tensor([encode(value) for value in VALUES], device=model.network.device)
     answers = Answers(model.network, inputs)
     descriptions = [{} for _ in inputs["input_ids"]]
-    unfed = inputs["input_ids"][:, :0]  # what stands in the answers and has not been fed (B, n)
-    for part in PARTS[supervision]:
-        if part == "arkit":
-            scores, choice, unfed = decode_numbers(answers, model.blocks[supervision])
-        else:
-            openings = [encode(text) for text, slot in pieces if slot in FIELDS] + [[]]
-            closings = [encode(text)[0] for (_, slot), (text, _) in zip(pieces, pieces[1:]) if slot in FIELDS]
-            written = decode_texts(answers, unfed, openings, closings, model.tokenizer.pad_token_id,
-                                   model.memory)
-            descriptions = [{field: unescape(model.tokenizer.decode(ids))
-                             for field, ids in zip(FIELDS, texts)} for texts in written]
-            unfed = unfed[:, :0]
-    if scores.shape[1] == len(ARKIT_NAMES):
-        return scores.softmax(dim=-1), choice, descriptions
-    # Digits are split: "0" or "1", then the tenths, of which "1." allows only "0".
-    whole = scores[:, 0::2, :2].softmax(dim=-1)  # (B, C, 2)
-    tenths = scores[:, 1::2].softmax(dim=-1)  # (B, C, 10)
-    is_one = choice[:, 0::2] == 1  # (B, C)
-    # What was given to "0." where "1." is the choice counts as its neighbour 0.9.
-    tenths = torch.where(is_one[:, :, None], torch.eye(10, device=tenths.device)[9], tenths)
-    probabilities = torch.cat([whole[:, :, :1] * tenths, whole[:, :, 1:]], dim=-1)  # (B, C, 11)
-    return probabilities, torch.where(is_one, 10, choice[:, 1::2]), descriptions
+    for (skeleton_ids, slot), (next_ids, _) in zip(pieces, pieces[1:]):
+        if slot in FIELDS:
+            texts = decode_text(answers, skeleton_ids, closing_id=next_ids[0])
+            for description, ids in zip(descriptions, texts):
+                description[slot] = model.tokenizer.decode(ids).replace('\\"', '"')
+        elif slot == ARKIT_NAMES[0]:  # all 52 numbers at once
+            probabilities, choice = decode_numbers(answers, pieces, value_ids)
+    return probabilities, choice, descriptions
 
-
-def unescape(text: str) -> str:
-    """Undoes JSON's escapes (\\" and the like). A text that is no valid JSON string is returned as is."""
-    try:
-        return json.loads(f'"{text}"')
-    except json.JSONDecodeError:
-        return text
-
-
-def estimate(probabilities: torch.Tensor, chosen: torch.Tensor, kind: str) -> tuple:
-    """Point estimate and standard deviation, (B, C) each, of the coefficients' distributions (B, C, 11).
-
-    The mean minimises expected squared error, the median absolute. The mode is the greedy `chosen` (B, C).
-    """
+def estimate(probabilities: torch.Tensor, choice: torch.Tensor, statistic: str) -> tuple:
+    """Mean, median or mode and standard deviation, each (B, C), of distributions (B, C, 11)."""
     values = torch.arange(len(VALUES), device=probabilities.device) / 10
-    mean = probabilities @ values
+    mean = (probabilities @ values).clamp(0, 1)
     std = (probabilities @ values ** 2 - mean ** 2).clamp(min=0).sqrt()
-    if kind == "mean":
+    if statistic == "mean":
         return mean, std
-    if kind == "median":
+    if statistic == "median":
         return values[(probabilities.cumsum(dim=-1) >= 0.5).float().argmax(dim=-1)], std
-    return values[chosen], std
+    return values[choice], std
 
-
-# ---------------------------------------------------------------------------------------------------
-# Free decoding: let the model write, read what it wrote
-# ---------------------------------------------------------------------------------------------------
-
-@torch.inference_mode()
-def decode_generate(model: SimpleNamespace, inputs: dict) -> list[str]:
-    """Greedy answers of transformers' own generate(), the reference for forced decoding."""
-    tokens = model.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)  # (B, T + n)
-    new_tokens = tokens[:, inputs["input_ids"].shape[1]:]
-    return model.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-
-
+# ---- Free decoding: let the model write, read what it wrote --------------------------------------
 def read_answer(text: str) -> tuple[dict, dict | None]:
-    """Reads (52 coefficients, description or None) from what a model wrote, as leniently as is safe.
+    """(52 coefficients, description or None) of a free answer, by ARKit's or Live Link's names.
 
-    The coefficients are the last JSON object, or its "arkit", named as in ARKit or in Live Link Face. Other
-    keys are ignored and values clipped to 0..1. Raises ValueError where one is missing or no number.
+    The last JSON object counts, values are clipped to 0..1. Raises ValueError if one is missing.
     """
-    decoder, answer, start = json.JSONDecoder(), None, text.find("{")
+    answer, start = {}, text.find("{")
     while start >= 0:
         try:
-            answer, stop = decoder.raw_decode(text, start)
+            answer, stop = json.JSONDecoder().raw_decode(text, start)
         except json.JSONDecodeError:
             stop = start + 1
         start = text.find("{", stop)
-    if answer is None:
-        raise ValueError("the answer holds no whole JSON object")
     given = answer["arkit"] if isinstance(answer.get("arkit"), dict) else answer
-    values = {name[:1].lower() + name[1:]: value for name, value in given.items()}
-    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
-    missing = [name for name in ARKIT_NAMES if not numbers.get(name, math.nan) > -math.inf]
+    numbers = {name[:1].lower() + name[1:]: value for name, value in given.items()
+               if type(value) in (int, float) and math.isfinite(value)}
+    missing = [name for name in ARKIT_NAMES if name not in numbers]
     if missing:
-        raise ValueError(f"the answer lacks {len(missing)} coefficients: {', '.join(missing[:3])}, ...")
+        raise ValueError(f"the answer lacks {len(missing)} coefficients: {', '.join(missing[:3])}")
     description = answer.get("analysis")
-    sections = re.split(r"^\W*\d\.[^\n]*\n", text[:text.rfind("{")], flags=re.M)[1:]  # under bold headings
+    sections = HEADING.split(text[:text.rfind("{")])[1:]
     if not isinstance(description, dict) and len(sections) == len(FIELDS):
-        description = dict(zip(FIELDS, map(str.strip, sections)))
+        lines = [[line.strip(" \t*-:") for line in section.splitlines()] for section in sections]
+        description = {field: " ".join(part).strip() for field, part in zip(FIELDS, lines)}
     return {name: min(max(0.0, numbers[name]), 1.0) for name in ARKIT_NAMES}, description
 
+# ---- Loading a checkpoint ------------------------------------------------------------------------
+@dataclass
+class Model:
+    """What `load` returns and `predict` takes."""
+    network: torch.nn.Module  # a Qwen-VL, its adapter merged
+    tokenizer: object
+    image_processor: object
+    system: str  # the chat's system turn, mostly empty
+    prompt: str  # what the user says beside the picture
+    supervision: str  # what an answer holds, a key of PARTS
+    max_pixels: int  # larger pictures are scaled down to this
 
-# ---------------------------------------------------------------------------------------------------
-# Predicting
-# ---------------------------------------------------------------------------------------------------
+def load(model_dir: str, device: str = "cpu", dtype: str = "auto",
+         prompt_file: str | None = None) -> Model:
+    """Loads a folder of distill.py or, with `prompt_file`, any Qwen-VL or PEFT adapter for one.
+    Raises SystemExit if it is unfinished, damaged, or an adapter of another model."""
+    run_file, adapter_file = (Path(model_dir, f) for f in ("run.json", "adapter_config.json"))
+    if not run_file.is_file() and not prompt_file:
+        raise SystemExit(f"--model {model_dir} holds no finished checkpoint (run.json); make one: "
+                         f"python distill.py, finish it (--out {model_dir} --resume), or give the "
+                         "--prompt FILE of one that was trained elsewhere")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    run = {"supervision": "semantic", "max_pixels": FOREIGN_PIXELS}
+    system, base, adapter = [], model_dir, {}
+    try:
+        if run_file.is_file():
+            run = json.loads(run_file.read_text(encoding="utf-8"))
+        if prompt_file:
+            *system, run["prompt"] = Path(prompt_file).read_text(encoding="utf-8").split("\n---\n")
+        if adapter_file.is_file():
+            adapter = json.loads(adapter_file.read_text(encoding="utf-8"))
+            updates = load_file(Path(model_dir, "adapter_model.safetensors"))
+            base = adapter["base_model_name_or_path"]
+        network = AutoModelForImageTextToText.from_pretrained(base, dtype=getattr(torch, dtype))
+        # AutoProcessor would need torchvision for its video half; these two do all that is needed.
+        model = Model(network.eval(), AutoTokenizer.from_pretrained(base),
+                      Qwen2VLImageProcessorPil.from_pretrained(base), "".join(system).strip(),
+                      run["prompt"].strip(), run["supervision"], run["max_pixels"])
+    except Exception as error:  # a damaged file surfaces as one of a dozen types
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise SystemExit(f"--model {model_dir} cannot be read ({reason:.300}); copy it again")
+    if adapter:
+        merge_adapter(network, adapter, updates)
+    network.to(device)
+    return model
 
-@torch.inference_mode()
-def regress(model: SimpleNamespace, inputs: dict) -> torch.Tensor:
-    """Coefficients (B, C) of a checkpoint of distill.py --steps 0, as its RegressionHead gives them."""
-    tower, head = model.network.model.visual, model.head
-    tokens = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output.float()  # (., D)
-    counts = inputs["image_grid_thw"].prod(dim=1) // tower.spatial_merge_size ** 2  # (B,)
-    names = model.network.get_input_embeddings().weight[head["name_ids"]].float()  # (C, D)
-    queries, rows = names @ head["look"], []
-    for part in F.layer_norm(tokens, tokens.shape[-1:]).split(counts.tolist()):  # (n, D)
-        attention = (queries @ part.T).softmax(dim=1)  # (C, n)
-        rows.append((attention * (names @ part.T)).sum(dim=1))
-    return head["scale"] * torch.stack(rows) + head["bias"]
+@torch.no_grad()
+def merge_adapter(network, config: dict, updates: dict) -> None:
+    """Adds alpha / r B A of a PEFT adapter to the weights (LoRA, arXiv 2106.09685, Eq. 3).
 
+    Raises SystemExit at a tensor that is no half of a pair of matrices for a weight, as DoRA's
+    magnitudes: an adapter that matches nothing would silently do nothing.
+    """
+    weights = dict(network.named_parameters())
+    for key in sorted(updates):
+        name = key.removeprefix("base_model.model.").partition(".lora_")[0]
+        key_a, key_b = (f"base_model.model.{name}.lora_{matrix}.weight" for matrix in "AB")
+        is_paired = key in (key_a, key_b) and {key_a, key_b} <= updates.keys()
+        if not is_paired or f"{name}.weight" not in weights:
+            raise SystemExit(f"the adapter's {key} matches no weight of its base model; expected "
+                             "pairs of LoRA matrices for the model that it was trained on")
+        if key == key_a:
+            low, high = updates[key_a].float(), updates[key_b].float()  # (r, in), (out, r)
+            alpha = config["lora_alpha"]
+            for pattern, value in (config.get("alpha_pattern") or {}).items():
+                if re.fullmatch(rf"(.*\.)?{pattern}", name):
+                    alpha = value
+            scale = alpha / (math.sqrt(len(low)) if config.get("use_rslora") else len(low))
+            weight = weights[f"{name}.weight"]
+            weight.copy_((weight.float() + scale * high @ low).to(weight.dtype))
 
-def rounded(row: list[float]) -> dict[str, float]:
-    """52 numbers by name."""
-    return {name: round(value, 4) for name, value in zip(ARKIT_NAMES, row)}
+# ---- Pictures -> predictions ---------------------------------------------------------------------
+def open_image(path: str) -> Image.Image:
+    """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
+def prompt_text(prompt: str, image_tokens: int) -> str:
+    """The Qwen-VL chat up to the answer, with the image's placeholder tokens written by hand."""
+    image = "<|vision_start|>" + "<|image_pad|>" * image_tokens + "<|vision_end|>"
+    return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-def answer(model: SimpleNamespace, pictures: list, kind: str, numeric: bool, decoding: str) -> list[dict]:
-    """The fields that a batch of pictures adds to their records."""
-    inputs = prepare(model, pictures)
-    if model.head:
-        rows = regress(model, inputs).clamp(0, 1).tolist()
-        return [{"coefficients": rounded(row)} for row in rows]
-    if decoding == "forced":
-        supervision = "numeric" if numeric else model.supervision
-        probabilities, chosen, texts = decode_forced(model, inputs, supervision)
-        values, stds = estimate(probabilities, chosen, kind)
-        rows = zip(values.clamp(0, 1).tolist(), stds.tolist(), texts)
-        return [{"coefficients": rounded(row), "std": rounded(spread), "description": text or None}
-                for row, spread, text in rows]
-    answers = []
-    for text in decode_generate(model, inputs):
+def prepare(model: Model, pixels: list[dict]) -> dict:
+    """Model inputs of B pictures: prompts (B, T) are padded on the left, answers start together."""
+    grid = torch.cat([one["image_grid_thw"] for one in pixels])  # (B, 3)
+    counts = grid.prod(dim=1) // model.image_processor.merge_size ** 2  # (B,) image tokens
+    system = f"<|im_start|>system\n{model.system}<|im_end|>\n" if model.system else ""
+    texts = [system + prompt_text(model.prompt, count) for count in counts.tolist()]
+    batch = model.tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False,
+                            return_tensors="pt")
+    image_pad_id = model.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        # Without these types generate() would quietly fall back to text positions for the image.
+        "mm_token_type_ids": (batch["input_ids"] == image_pad_id).long(),
+        "pixel_values": torch.cat([one["pixel_values"] for one in pixels]),  # (patches, .)
+        "image_grid_thw": grid,
+    }
+    return {name: tensor.to(model.network.device) for name, tensor in inputs.items()}
+
+def predict(model: Model, images: list, statistic: str = "mean", numeric: bool = False,
+            decoding: str = "forced") -> list[dict]:
+    """The prediction records of one batch of images, given as paths or open pictures, in order.
+
+    A picture that cannot be used gets a record with "error" set and null coefficients.
+    """
+    token_side = model.image_processor.patch_size * model.image_processor.merge_size  # pixels
+    size = {"shortest_edge": token_side ** 2, "longest_edge": model.max_pixels}  # pixel counts
+    records, readable, pixels = [], [], []
+    for source in images:
+        is_open = isinstance(source, Image.Image)
+        records.append({"image": None if is_open else str(source), "coefficients": None,
+                        "std": None, "description": None, "error": None})
         try:
-            coefficients, description = read_answer(text)
-            answers.append({"coefficients": coefficients, "description": description})
-        except ValueError as error:
-            answers.append({"error": str(error), "answer": text})
-    return answers
-
-
-def predictions(model: SimpleNamespace, images: list, batch_size: int = 32, kind: str = "mean",
-                numeric: bool = False, decoding: str = "forced"):
-    """Yields the prediction record of each image (path or picture), in order and as they come.
-
-    An unreadable picture gives a record with "error" set and null coefficients. A batch of them is free.
-    """
-    for sources, opened in open_ahead(images, batch_size):
-        pictures = [picture for picture, _ in opened if picture]
-        answers = iter(answer(model, pictures, kind, numeric, decoding) if pictures else [])
-        for source, (picture, why) in zip(sources, opened):
-            path = None if isinstance(source, Image.Image) else str(source)
-            record = {"image": path, "coefficients": None, "std": None, "description": None, "error": why}
-            yield {**record, **next(answers)} if picture else record
-
-
-def predict(model: SimpleNamespace, images: list, batch_size: int = 32, kind: str = "mean",
-            numeric: bool = False, decoding: str = "forced") -> list[dict]:
-    """The prediction records of `images` (paths or pictures) in order; see `predictions`."""
-    return list(predictions(model, images, batch_size, kind, numeric, decoding))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------
-
-def json_line(record: dict) -> str:
-    """A record as a line of a .jsonl file."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def resume(out: Path, settings: dict) -> list[dict]:
-    """Prepares the prediction file and returns an interrupted run's records if its settings were the same.
-
-    While a run is unfinished, its settings stand in a file beside `out`. A torn last line is dropped.
-    """
-    marker = out.with_name(out.name + ".unfinished")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    records = []
-    if out.is_file() and marker.is_file() and marker.read_text(encoding="utf-8") == json.dumps(settings):
-        for line in out.read_text(encoding="utf-8", errors="replace").rstrip().split("\n"):
+            picture = source.convert("RGB") if is_open else open_image(source)
+            pixels.append(model.image_processor([picture], size=size, return_tensors="pt"))
+            readable.append(records[-1])
+        except Exception as error:  # Pillow's readers raise a dozen types on damaged files
+            records[-1]["error"] = f"{type(error).__name__}: {error}"
+    if not readable:
+        return records
+    inputs = prepare(model, pixels)
+    if decoding == "generate":
+        tokens = model.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        tokens = tokens[:, inputs["input_ids"].shape[1]:]  # (B, n)
+        texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for record, text in zip(readable, texts):
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    marker.write_text(json.dumps(settings), encoding="utf-8")
-    out.write_text("".join(map(json_line, records)), encoding="utf-8")
+                record["coefficients"], record["description"] = read_answer(text)
+            except ValueError as error:
+                record |= {"error": str(error), "answer": text}
+        return records
+    supervision = "numeric" if numeric else model.supervision
+    *distributions, descriptions = decode_forced(model, inputs, supervision)
+    values, stds = estimate(*distributions, statistic)
+    for record, row, std, words in zip(readable, values.tolist(), stds.tolist(), descriptions):
+        record["coefficients"] = {name: round(x, 4) for name, x in zip(ARKIT_NAMES, row)}
+        record["std"] = {name: round(x, 4) for name, x in zip(ARKIT_NAMES, std)}
+        record["description"] = words or None
     return records
 
+# ---- Files and charts ----------------------------------------------------------------------------
+def list_images(inputs: list[str]) -> list[Path]:
+    """Paths of the pictures in files, folders (sorted) and .jsonl records. SystemExit if none."""
+    images = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            suffixes = Image.registered_extensions()
+            images += sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+        elif path.suffix != ".jsonl":
+            images.append(path)
+        elif path.is_file():
+            try:
+                with path.open(encoding="utf-8", errors="replace") as file:
+                    images += [path.parent / json.loads(line)["image"] for line in file]
+            except (ValueError, KeyError, TypeError) as error:
+                raise SystemExit(f'{path}: {error}; expected lines of {{"image": "a.png", ...}}')
+    if not any(image.is_file() for image in images):
+        raise SystemExit(f"{', '.join(inputs):.200}: no picture exists there; expected pictures "
+                         "(.png, .jpg, .webp, ...), folders of them or .jsonl records")
+    return list(dict.fromkeys(images))
+
+def read_finished(part: Path, settings: dict) -> dict[str, dict]:
+    """The records by image that a run with the same settings (line 1) left in `part`, else none."""
+    text = part.read_text(encoding="utf-8", errors="replace") if part.is_file() else ""
+    first, *lines = text.split("\n")
+    whole = lines[:-1] if first == json.dumps(settings) else []  # the last line may be torn
+    part.write_text("\n".join([json.dumps(settings), *whole, ""]), encoding="utf-8")
+    return {record["image"]: record for record in map(json.loads, whole)}
 
 def write_livelink(path: Path, records: list[dict], fps: int) -> None:
-    """Writes a Live Link Face take: 61 columns, timecode HH:MM:SS:FF.mmm with gaps at failed pictures."""
-    columns = [name[0].upper() + name[1:] for name in ARKIT_NAMES]
+    """Writes a Live Link Face take: 61 columns, timecode HH:MM:SS:FF.mmm, gaps where one failed."""
+    columns = [name[0].upper() + name[1:] for name in ARKIT_NAMES] + ANGLES
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["Timecode", "BlendshapeCount"] + columns + ANGLES)
+        writer.writerow(["Timecode", "BlendshapeCount", *columns])
         for frame, record in enumerate(records):
-            if record["error"]:
-                continue
-            minutes, seconds = divmod(frame // fps, 60)
-            timecode = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}:{frame % fps:02d}.000"
-            values = [f"{record['coefficients'][name]:.10f}" for name in ARKIT_NAMES]
-            writer.writerow([timecode, 61] + values + ["0.0000000000"] * len(ANGLES))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Charts
-# ---------------------------------------------------------------------------------------------------
-
-def wrap(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
-    """Breaks a text into lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and draw.textlength(longer, font) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def strongest(coefficients: dict, count: int) -> list[tuple]:
-    """The `count` strongest actions as (title, names), Left and Right of an action together."""
-    groups = {}
-    for name in ARKIT_NAMES:
-        paired = name.replace("Left", "Right") in ARKIT_NAMES and name.replace("Right", "Left") in ARKIT_NAMES
-        title = re.sub("(Left|Right)$", "", name) if paired and len(name) > len("mouthRight") else name
-        groups.setdefault(title, []).append(name)
-    ranked = sorted(groups.items(), key=lambda group: -max(coefficients[name] for name in group[1]))
-    return ranked[:count]
-
+            if not record["error"]:
+                clock = f"{timedelta(seconds=frame // fps)!s:0>8}:{frame % fps:02d}.000"
+                values = [f"{record['coefficients'][name]:.10f}" for name in ARKIT_NAMES]
+                writer.writerow([clock, 61, *values, *["0.0000000000"] * len(ANGLES)])
 
 def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
-    """Draws the photo, the description and bars of the strongest actions, with one standard deviation."""
+    """Draws the photo, the description and bars of the strongest actions with their deviation."""
     chart = Image.new("RGB", (1200, 675), "white")
     draw = ImageDraw.Draw(chart)
     small, large = ImageFont.load_default(17), ImageFont.load_default(26)
     photo = ImageOps.contain(picture, (440, 360), Image.Resampling.LANCZOS)
     chart.paste(photo, (40 + (440 - photo.width) // 2, 40))
-    description = record["description"] or {}
-    y = 40 + photo.height + 20
-    for index, text in enumerate(description.get(field, "") for field in FIELDS):
-        font = large if index == 0 else small
-        for line in wrap(draw, text, font, 440):
-            draw.text((40, y), line, INK, font)
-            y += font.size + 6
-        y += 4
-
-    left, right, top, rows = 760, 1150, 70, 12
-    for tick in range(6):
-        x = left + (right - left) * tick / 5
+    y = 60 + photo.height
+    for field, text in (record["description"] or {}).items():
+        font, width = (large, 34) if field == FIELDS[0] else (small, 52)
+        text = textwrap.fill(text, width)
+        draw.text((40, y), text, INK, font, spacing=6)
+        y = draw.textbbox((40, y), text, font, spacing=6)[3] + 10
+    # Left and Right of an action share a row; jawLeft and mouthLeft are no sides. Strongest first.
+    rows, coefficients = {}, record["coefficients"]
+    for name in ARKIT_NAMES:
+        stem = re.sub("(?<!^jaw)(?<!^mouth)(Left|Right)$", "", name)
+        rows.setdefault(stem, []).append(name)
+    ranked = sorted(rows.items(), key=lambda row: -max(coefficients[name] for name in row[1]))
+    left, length, top = 760, 390, 70
+    for tick in range(0, 11, 2):
+        x = left + length * tick / 10
         draw.line([x, top, x, 630], GRID, 1)
-        draw.text((x, 652), f"{tick / 5:.1f}", INK, small, anchor="mm")
-    for index, (label, color) in enumerate(COLORS.items()):
-        draw.rectangle([left + 150 * index, 36, left + 150 * index + 14, 50], color)
-        draw.text((left + 150 * index + 22, 43), label, INK, small, anchor="lm")
-    step = (630 - top) / rows
-    for row, (title, names) in enumerate(strongest(record["coefficients"], rows)):
-        middle = top + step * (row + 0.5)
-        draw.text((left - 12, middle), title, INK, small, anchor="rm")
-        for place, name in enumerate(names):
-            side = "subject's left" if name.endswith("Left") else "subject's right"
-            side = side if len(names) == 2 else "unpaired"
-            y = middle + (place - (len(names) - 1) / 2) * 16
-            value, spread = record["coefficients"][name], (record["std"] or {}).get(name, 0.0)
-            x, low, high = (left + (right - left) * min(max(end, 0.0), 1.0)
-                            for end in (value, value - spread, value + spread))
-            draw.rectangle([left, y - 6, x, y + 6], COLORS[side])
-            draw.line([low, y, high, y], INK, 2)
+        draw.text((x, 652), f"{tick / 10}", INK, small, anchor="mm")
+    for k, (label, color) in enumerate(COLORS.items()):
+        draw.rectangle([left + 150 * k, 36, left + 150 * k + 14, 50], color)
+        draw.text((left + 150 * k + 22, 43), label, INK, small, anchor="lm")
+    for row, (title, names) in enumerate(ranked[:12]):
+        y = top + 560 / 12 * (row + 0.5)
+        draw.text((left - 12, y), title, INK, small, anchor="rm")
+        bars = [(names[0], y, "unpaired")]
+        if len(names) == 2:
+            bars = [(names[0], y - 8, "subject's left"), (names[1], y + 8, "subject's right")]
+        for name, y, label in bars:
+            value, std = coefficients[name], (record["std"] or {}).get(name, 0.0)
+            draw.rectangle([left, y - 6, left + length * value, y + 6], COLORS[label])
+            low, high = max(value - std, 0), min(value + std, 1)
+            draw.line([left + length * low, y, left + length * high, y], INK, 2)
     return chart
 
-
-def write_charts(folder: Path, records: list[dict], base: Path) -> None:
-    """Draws a chart for each prediction, named after its place and its picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, record in enumerate(tqdm(records, "drawing charts", unit=" charts", disable=None)):
-        if not record["error"]:
-            name = f"{index:06d}_{Path(record['image']).stem}.png"
-            draw_chart(open_image(base / record["image"]), record).save(folder / name)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The stage itself
-# ---------------------------------------------------------------------------------------------------
-
-def check_args(args: argparse.Namespace) -> None:
-    """SystemExit on unusable flags, before anything is loaded."""
-    if args.batch_size < 1 or args.fps < 1 or (args.limit is not None and args.limit < 1):
-        given = f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}"
-        raise SystemExit(f"{given}: expected whole numbers of at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {args.device}: torch sees no GPU; expected one, or use --device cpu")
-    if args.decode == "generate" and (args.numeric or args.estimate != "mean"):
-        raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
-    if Path(args.out).absolute() in [Path(name).absolute() for name in args.inputs]:
-        raise SystemExit(f"--out {args.out} is an INPUT and would be overwritten; choose another file")
-
+# ---- The stage itself ----------------------------------------------------------------------------
+def write_predictions(args: argparse.Namespace, rank: int, world_size: int) -> list[dict]:
+    """Predicts this process's share of the pictures, kept in a file beside --out until all are
+    done: the same command goes on from there. Returns all records, in order, on rank 0."""
+    images, out = list_images(args.inputs)[:args.limit], Path(args.out)
+    model = load(args.model, args.device, args.dtype, args.prompt)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = [os.path.relpath(image, out.parent) for image in images]  # relative to the records
+    parts = [out.with_name(f"{out.name}.{k}of{world_size}") for k in range(world_size)]
+    settings = {name: str(getattr(args, name))
+                for name in ("model", "prompt", "decode", "estimate", "numeric", "dtype")}
+    finished = read_finished(parts[rank], settings)
+    share = list(zip(names, images))[rank::world_size]
+    todo = [(name, image) for name, image in share if name not in finished]
+    bar = tqdm(total=len(todo), unit=" images", disable=True if rank else None)
+    with parts[rank].open("a", encoding="utf-8") as file:
+        for start in range(0, len(todo), args.batch_size):
+            batch = todo[start:start + args.batch_size]
+            records = predict(model, [image for _, image in batch], args.estimate, args.numeric,
+                              args.decode)
+            for (name, _), record in zip(batch, records):
+                file.write(json.dumps({**record, "image": name}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    bar.close()
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+    if rank:
+        return []
+    for part in parts:
+        finished |= read_finished(part, settings)
+    records = [finished[name] for name in names]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    out.write_text("".join(lines), encoding="utf-8")
+    for part in parts:
+        part.unlink()
+    return records
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the stage; under torchrun each process takes a share of the pictures and the first one merges."""
-    check_args(args)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if world_size > 1 and args.device == "cuda" else args.device
-    images = list_images(args.inputs)[:args.limit]
+    """Runs the stage; under torchrun each process takes a share of the pictures."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {args.device}: torch sees no GPU; use --device cpu")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if min(args.batch_size, args.fps, args.limit or 1) < 1:
+        raise SystemExit(f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}: "
+                         "expected at least 1")
+    if args.decode == "generate" and (args.numeric or args.estimate != "mean"):
+        raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
     logging.disable_progress_bar()
-    model = load(args.model, device, args.dtype, args.prompt)
-    out = Path(args.out)
-    base = out.parent.absolute()
-    names = [os.path.relpath(image.absolute(), base) for image in images]
-    parts = [out.with_name(f"{out.name}.{k}of{world_size}") for k in range(world_size)]
-    part = parts[rank] if world_size > 1 else out
-
-    run_file = Path(args.model) / "run.json"
-    settings = {name: getattr(args, name) for name in ("estimate", "numeric", "dtype", "decode", "prompt")}
-    settings |= {"model": [str(run_file.absolute()), run_file.is_file() and run_file.stat().st_mtime]}
-    done = {record["image"]: record for record in resume(part, settings)}
-    share = list(zip(names, images))[rank::world_size]
-    todo = [(name, image) for name, image in share if name not in done]
-    if rank == 0:
-        count = f"{len(images)} pictures, {len(share) - len(todo)} done before"
-        how = f"{args.estimate} of each distribution" if args.decode == "forced" else "generate"
-        how = "regression" if model.head else how
-        print(f"{args.model} | {device} | {count} | {how}", flush=True)
-    found = predictions(model, [image for _, image in todo], args.batch_size, args.estimate, args.numeric,
-                        args.decode)
-    bar = tqdm(found, total=len(todo), unit=" images", disable=True if rank else None)
-    with part.open("a", encoding="utf-8") as file:
-        for record, (name, _) in zip(bar, todo):  # the bar first, so that it sees the end
-            done[name] = {**record, "image": name}
-            file.write(json_line(done[name]))
-            file.flush()
-
-    if world_size > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        torch.distributed.barrier()
-        if rank:
-            return
-        done = {record["image"]: record for path in parts
-                for record in map(json.loads, path.open(encoding="utf-8"))}
-    records = [done[name] for name in names]
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text("".join(map(json_line, records)), encoding="utf-8")
-    partial.replace(out)
-    for path in {part, *parts}:
-        path.with_name(path.name + ".unfinished").unlink(missing_ok=True)
-        if path != out:
-            path.unlink(missing_ok=True)
-    failed = [record for record in records if record["error"]]
-    for record in failed[:5]:
-        print(f"no prediction: {record['image']} ({record['error']})")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    records = write_predictions(args, rank, world_size)
+    if rank:
+        return
+    failed = [f"{record['image']} ({record['error']})" for record in records if record["error"]]
+    print("".join(f"no prediction: {line}\n" for line in failed[:5]), end="")
+    print(f"wrote {args.out}: {len(records) - len(failed)} predictions, {len(failed)} without")
     if args.csv:
         write_livelink(Path(args.csv), records, args.fps)
-        print(f"wrote {args.csv}")
-    if args.plot:
-        write_charts(Path(args.plot), records, base)
-        print(f"wrote charts to {args.plot}")
-    print(f"wrote {out}: {len(records) - len(failed)} predictions, {len(failed)} pictures without")
-    print("next: python evaluate.py" + ("" if args.out == "predictions.jsonl" else f" {out}"))
-
+    for k, record in enumerate(tqdm(records if args.plot else [], "drawing charts", disable=None)):
+        if not record["error"]:
+            Path(args.plot).mkdir(parents=True, exist_ok=True)
+            path = Path(args.plot, f"{k:06d}_{Path(record['image']).stem}.png")
+            draw_chart(open_image(Path(args.out).parent / record["image"]), record).save(path)
+    print("next: python evaluate.py" + ("" if args.out == "predictions.jsonl" else f" {args.out}"))
 
 if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("interrupted; what is finished is kept, and the same command goes on where it stopped")
+        raise SystemExit("interrupted; what is finished is kept, the same command goes on")
