@@ -1,41 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""Stage I of SemanticFace, semantic supervision (arXiv 2603.14827, Sec. 3.1): coefficients -> words.
+"""Stage I of SemanticFace (arXiv 2603.14827), semantic supervision signals: coefficients -> words.
 
-Turns the 52 ARKit blendshape coefficients of a face into a description with four fields, by rules that
-anyone can check or by a frozen language model. Also draws the demo: cartoon faces whose coefficients are
-known, for training, validation and, in a second drawing style, a test of domain shift. Left and right are
-the subject's: the left eye is on the picture's right.
+Describes a face in four fields, from its 52 ARKit blendshape coefficients, by rules or by a frozen
+language model. Also draws the demo: cartoon faces with known coefficients. Left is the subject's.
 
-Reads:  label or prediction records (.jsonl), Live Link Face takes (.csv), MediaPipe blendshapes (.json),
-        told apart by their content, names as eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L (the demo: nothing)
+Reads:  label or prediction records (.jsonl), Live Link Face takes (.csv), MediaPipe (.json),
+        with names as eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L, for the demo nothing
 Writes: annotated records, one JSON object a line, image paths relative to the file
-    {"image": "images/000001.png", "identity": "id017", "coefficients": {"eyeBlinkLeft": 0.123, ...},
-     "description": {"expression_category": "slight happiness", "muscle_movements": "Mouth: both ...",
-                     "emotional_implication": "joy or amusement", "symmetry": "symmetric"},
-     "annotator": "rules"}
+    {"image": "images/000001.png", "identity": "id017", "coefficients": {"eyeBlinkLeft": 0.12, ...},
+     "description": {"expression_category": "slight happiness", ...}, "annotator": "rules"}
 
-    python annotate.py                                               # the demo, data/demo
-    python annotate.py take.csv --frames frames/ --out train.jsonl   # your own recording
-    python annotate.py labels.jsonl --llm Qwen/Qwen3-4B-Instruct-2507 --out train.jsonl   # as the paper does
+    python annotate.py take.csv --frames frames/ --out train.jsonl   # without arguments: the demo
 """
 import argparse
 import csv
-import gc
 import json
 import math
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 # The 52 names in Live Link Face column order; the same block stands in every script.
@@ -51,649 +41,333 @@ ARKIT_NAMES = [
     "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
     "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
-
-FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]  # Sec. 3.1
-FORMS = ("label records (.jsonl), a Live Link Face take (.csv with its header) or MediaPipe blendshapes "
-         "(.json), with the ARKit names")
-LLM_PROMPT = """You are an expert in facial anatomy. ARKit blendshape coefficients (0 to 1) of a face: {}.
-Left and right are the subject's. Describe the face in one JSON object with four strings and nothing else:
-{{"expression_category": "...", "muscle_movements": "by region, with side and intensity", \
-"emotional_implication": "... or not clearly observable", "symmetry": "..."}}"""
-LLM_TRIES, LLM_TOKENS = 3, 400  # attempts for a valid answer, and tokens of one
-
-# A movement is named from ACTIVE on, with the adverb of the first band whose upper end lies above it.
+FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
+LLM_PROMPT = """You are an expert in facial anatomy. Describe a face in JSON with four short texts,
+from its active ARKit blendshape coefficients (0 to 1). Left and right are the subject's.
+Coefficients: mouthSmileLeft 0.62, mouthSmileRight 0.58, cheekSquintRight 0.21
+{"expression_category": "happiness", "muscle_movements": "Mouth: both lip corners moderately \
+raised. Cheeks: right cheek slightly raised.", "emotional_implication": "joy or amusement", \
+"symmetry": "stronger on the right cheeks"}
+Coefficients: """
+LLM_TRIES, LLM_TOKENS = 3, 120  # attempts at a description, tokens of one field at most
+LOOP = re.compile(r"(.{3,40}?)\1\1")  # a text that says the same three times: "eye-eye-eye-"
+# A movement is named from ACTIVE on, with the adverb of the first band that ends above its value.
 ACTIVE = 0.15
-BANDS = [(0.4, "slightly"), (0.7, "moderately"), (float("inf"), "strongly")]
-
-# What is said of each action, by region. "name_" stands for nameLeft and nameRight, one noun for either.
-# Gaze pairs the actions that turn both eyes the same way: the left eye outward, the right eye inward.
+BANDS = [(0.4, "slightly"), (0.7, "moderately"), (math.inf, "strongly")]
+# What is said of each action, by region; an adverb takes the place of *. "name_" is nameLeft and
+# nameRight, each with this noun. Gaze pairs the actions that turn both eyes the same way.
 MOVEMENTS = {
-    "Brows": {"browInnerUp": ("inner brows", "raised"), "browOuterUp_": ("outer brow", "raised"),
-              "browDown_": ("brow", "lowered")},
-    "Eyes": {"eyeBlink_": ("eye", "closed"), "eyeWide_": ("eye", "widened"),
-             "eyeSquint_": ("eye", "squinted"), "eyeLookUp_": ("eye", "looking up"),
-             "eyeLookDown_": ("eye", "looking down"),
-             "eyeLookOutLeft/eyeLookInRight": ("eye", "looking left"),
-             "eyeLookInLeft/eyeLookOutRight": ("eye", "looking right")},
-    "Nose": {"noseSneer_": ("nostril", "pulled up")},
-    "Cheeks": {"cheekPuff": ("cheeks", "puffed"), "cheekSquint_": ("cheek", "raised")},
-    "Mouth": {"mouthSmile_": ("lip corner", "raised"), "mouthFrown_": ("lip corner", "lowered"),
-              "mouthDimple_": ("lip corner", "tucked in"), "mouthStretch_": ("lip corner", "stretched"),
-              "mouthPress_": ("lip side", "pressed"), "mouthUpperUp_": ("upper lip side", "raised"),
-              "mouthLowerDown_": ("lower lip side", "lowered"), "mouthFunnel": ("lips", "funneled"),
-              "mouthPucker": ("lips", "puckered"), "mouthRollUpper": ("upper lip", "rolled in"),
-              "mouthRollLower": ("lower lip", "rolled in"), "mouthShrugUpper": ("upper lip", "pushed up"),
-              "mouthShrugLower": ("lower lip", "pushed up"), "mouthClose": ("lips", "closed over the jaw"),
-              "mouthLeft": ("mouth", "shifted left"), "mouthRight": ("mouth", "shifted right")},
-    "Jaw": {"jawOpen": ("jaw", "opened"), "jawForward": ("jaw", "pushed forward"),
-            "jawLeft": ("jaw", "shifted left"), "jawRight": ("jaw", "shifted right")},
-    "Tongue": {"tongueOut": ("tongue", "put out")},
+    "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp_": "outer brow * raised",
+              "browDown_": "brow * lowered"},
+    "Eyes": {"eyeBlink_": "eye * closed", "eyeWide_": "eye * widened",
+             "eyeSquint_": "eye * squinted", "eyeLookUp_": "eye * looking up",
+             "eyeLookDown_": "eye * looking down",
+             "eyeLookOutLeft/eyeLookInRight": "eye * looking left",
+             "eyeLookInLeft/eyeLookOutRight": "eye * looking right"},
+    "Nose": {"noseSneer_": "nostril * pulled up"},
+    "Cheeks": {"cheekPuff": "cheeks * puffed", "cheekSquint_": "cheek * raised"},
+    "Mouth": {"mouthSmile_": "lip corner * raised", "mouthFrown_": "lip corner * lowered",
+              "mouthDimple_": "lip corner * tucked in", "mouthStretch_": "lip corner * stretched",
+              "mouthPress_": "lip side * pressed", "mouthUpperUp_": "upper lip side * raised",
+              "mouthLowerDown_": "lower lip side * lowered", "mouthFunnel": "lips * funneled",
+              "mouthPucker": "lips * puckered", "mouthRollUpper": "upper lip * rolled in",
+              "mouthRollLower": "lower lip * rolled in", "mouthShrugUpper": "upper lip * pushed up",
+              "mouthShrugLower": "lower lip * pushed up",
+              "mouthClose": "lips * closed over the jaw", "mouthLeft": "mouth * shifted left",
+              "mouthRight": "mouth * shifted right"},
+    "Jaw": {"jawOpen": "jaw * opened", "jawForward": "jaw * pushed forward",
+            "jawLeft": "jaw * shifted left", "jawRight": "jaw * shifted right"},
+    "Tongue": {"tongueOut": "tongue * put out"},
 }
-
-# What an emotion implies, and its EMFACS action units (Friesen & Ekman 1983) as the ARKit actions they move:
-# 1 browInnerUp, 2 browOuterUp, 4 browDown, 5 eyeWide, 6 cheekSquint, 7 eyeSquint, 9 noseSneer,
-# 10 mouthUpperUp, 12 mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen.
+# What an emotion implies, and its EMFACS action units (Friesen & Ekman 1983) as ARKit actions: 1, 2
+# browInnerUp, browOuterUp, 4 browDown, 5 eyeWide, 6, 7 cheekSquint, eyeSquint, 9 noseSneer, 10, 12
+# mouthUpperUp, mouthSmile, 14, 15 mouthDimple, mouthFrown, 20, 23 mouthStretch, mouthPress, 26 jaw.
 EMOTIONS = {
     "happiness": ("joy or amusement", {"cheekSquint_": 0.6, "mouthSmile_": 1.0}),
-    "sadness": ("sorrow or disappointment", {"browInnerUp": 1.0, "browDown_": 0.3, "mouthFrown_": 0.9}),
-    "surprise": ("astonishment", {"browInnerUp": 0.9, "browOuterUp_": 0.9, "eyeWide_": 0.8, "jawOpen": 0.8}),
-    "fear": ("alarm or anxiety", {"browInnerUp": 0.8, "browOuterUp_": 0.5, "browDown_": 0.3, "eyeWide_": 0.9,
-                                  "eyeSquint_": 0.2, "mouthStretch_": 0.8, "jawOpen": 0.3}),
+    "sadness": ("sorrow or disappointment",
+                {"browInnerUp": 1.0, "browDown_": 0.3, "mouthFrown_": 0.9}),
+    "surprise": ("astonishment",
+                 {"browInnerUp": 0.9, "browOuterUp_": 0.9, "eyeWide_": 0.8, "jawOpen": 0.8}),
+    "fear": ("alarm or anxiety",
+             {"browInnerUp": 0.8, "browOuterUp_": 0.5, "browDown_": 0.3, "eyeWide_": 0.9,
+              "eyeSquint_": 0.2, "mouthStretch_": 0.8, "jawOpen": 0.3}),
     "anger": ("irritation or determination",
               {"browDown_": 1.0, "eyeWide_": 0.2, "eyeSquint_": 0.5, "mouthPress_": 0.7}),
     "disgust": ("aversion", {"noseSneer_": 1.0, "mouthUpperUp_": 0.6, "mouthFrown_": 0.4}),
     "contempt": ("disdain or smugness", {"mouthSmileLeft": 0.7, "mouthDimpleLeft": 0.8}),
 }
-IMPLICATIONS = {emotion: implication for emotion, (implication, _) in EMOTIONS.items()}
-
-# Movements of the demo that are no emotion, as a blink, a wink, speech or chewing, in the same notation.
-GESTURES = [
-    {}, {"eyeBlink_": 1.0}, {"eyeBlinkLeft": 1.0, "cheekSquintLeft": 0.5, "mouthSmileLeft": 0.4},
-    {"mouthPucker": 0.9}, {"mouthFunnel": 0.9, "jawOpen": 0.3}, {"jawOpen": 0.8, "mouthLowerDown_": 0.3},
-    {"mouthStretch_": 0.5, "mouthLowerDown_": 0.6, "mouthUpperUp_": 0.4},
-    {"mouthRollLower": 0.7, "mouthRollUpper": 0.7}, {"cheekPuff": 0.9, "mouthPress_": 0.4},
-    {"jawOpen": 0.6, "mouthClose": 0.5, "jawLeft": 0.6, "mouthLeft": 0.5},
-    {"mouthShrugLower": 0.8, "mouthShrugUpper": 0.6, "mouthFrown_": 0.4}, {"tongueOut": 0.9, "jawOpen": 0.4},
-    {"jawForward": 0.9, "mouthRollUpper": 0.3}, {"mouthDimple_": 0.8, "mouthPress_": 0.5},
-]
-
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Reads the command line, or `argv`."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="records, takes or blendshapes; without any, the demo")
+    add("inputs", nargs="*", metavar="INPUT", help="records, takes, blendshapes; without, the demo")
     add("--demo", type=int, default=16_000, help="faces of the demo (default %(default)s)")
-    add("--frames", help="folder of the take's pictures, one for each row in sorted order")
-    add("--every", type=int, default=1, help="keep every Nth record of each input (default %(default)s)")
+    add("--frames", help="folder with one picture for each row of INPUT, in sorted order")
+    add("--every", type=int, default=1, help="keep every Nth record (default %(default)s)")
     add("--out", help="file, or folder for --render and the demo (default beside INPUT, data/demo)")
-    add("--render", action=argparse.BooleanOptionalAction, default=False, help="draw every record's face")
-    add("--llm", help="let this chat model (hub id or folder) write the descriptions instead of the rules")
-    add("--batch-size", type=int, default=16, help="records at a time for --llm (default %(default)s)")
+    add("--render", action=argparse.BooleanOptionalAction, default=False, help="draw the faces")
+    add("--llm", help="let this chat model (hub id or folder) describe instead of the rules")
+    add("--batch-size", type=int, default=16, help="faces at a time, --llm (default %(default)s)")
     add("--device", default="auto", help="for --llm: cpu, cuda, or auto (default %(default)s)")
     add("--limit", type=int, help="use the first LIMIT records only")
-    add("--seed", type=int, default=0, help="of the demo; another draws other people (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the demo's people, of --llm (default %(default)s)")
     return parser.parse_args(argv)
 
-
-# ---------------------------------------------------------------------------------------------------
-# Records: reading and writing
-# ---------------------------------------------------------------------------------------------------
-
-@lru_cache(1000)
-def canonical(name: str) -> str:
-    """The ARKit name for EyeBlinkLeft (Live Link), eyeBlink_L (ARFaceAnchor dumps) or eyeBlinkLeft."""
-    name = name.strip()
-    name = name[:1].lower() + name[1:]
-    return {"_L": name[:-2] + "Left", "_R": name[:-2] + "Right"}.get(name[-2:], name)
-
-
-def check_coefficients(coefficients, where: str, counts: Counter) -> dict:
-    """Returns the 52 in order, clipped to 0..1 since real takes reach 1.053; refuses anything else."""
-    given = coefficients if isinstance(coefficients, dict) else {}
-    missing = [name for name in ARKIT_NAMES if name not in given]
-    if missing == ["tongueOut"]:  # MediaPipe and BEAT cannot see it
-        given, missing = {**given, "tongueOut": 0.0}, []
-        counts["records without tongueOut, set to 0"] += 1
-    if missing or len(given) > len(ARKIT_NAMES):
-        unknown = [name[:40] for name in given if name not in ARKIT_NAMES][:5]
-        raise SystemExit(f"{where}: missing {missing[:5]}, unknown {unknown}; expected the 52 ARKit names")
-    checked = {}
-    for name in ARKIT_NAMES:
-        value = given[name]
-        if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # also refuses True and NaN
-            raise SystemExit(f"{where}: {name} is {value!r:.40}, expected 0 to 1 (divide percentages by 100)")
-        if not 0 <= value <= 1:
-            value = min(max(0.0, value), 1.0)
-            counts["clipped values"] += 1
-        checked[name] = value
-    return checked
-
-
-def read_input(path: Path, pictures: list[str] | None, every: int, counts: Counter) -> Iterator[dict]:
-    """Yields every `every`-th record of a file in any known form; `pictures`, if given, go with its rows."""
-    rows = read_rows(path)
-    if pictures is not None:
-        rows = list(rows)
-        if len(pictures) != len(rows):
-            raise SystemExit(f"--frames holds {len(pictures)} pictures, {path} {len(rows)} rows; expected "
-                             "one picture for each row, in sorted order")
-    folder = str(path.parent.absolute())
-    for index, (where, row) in enumerate(islice(rows, 0, None, every)):
-        if row.pop("error", None):
-            counts["without a face or a prediction left out"] += 1
-            continue
-        if pictures is not None:
-            row["image"] = pictures[index * every]
-        elif row.get("image"):
-            row["image"] = os.path.join(folder, row["image"])
-        if not isinstance(row["coefficients"], Numbers):
-            row["coefficients"] = check_coefficients(row["coefficients"], where, counts)
-        yield row
-
-
-def read_rows(path: Path) -> Iterable[tuple]:
-    """(where, record) of each record of a file, whose form its beginning tells."""
-    if not path.is_file():
-        raise SystemExit(f"{path} is no file; expected {FORMS}")
-    with open_text(path) as file:
-        first = next((line for line in file if not line.isspace()), None)
-    if first is None:
-        raise SystemExit(f"{path} is empty; expected {FORMS}")
-    value = parse_json(first)
-    if isinstance(value, dict) and "coefficients" in value:
-        return rows_of_jsonl(path)
-    value = parse_json(path.read_text("utf-8-sig", "replace"))
-    if isinstance(value, list | dict):
-        return rows_of_json(path, value, f"{path}, line 1")
-    if "," in first and first.lstrip()[0] not in "{[":
-        return rows_of_csv(path)
-    return rows_of_jsonl(path)
-
-
-def open_text(path: Path) -> TextIO:
-    """Opens a file of any bytes for reading lines, which end at a newline only."""
-    return path.open(encoding="utf-8-sig", errors="replace", newline="\n")
-
-
-def parse_json(text: str):
-    """The value of a JSON text, None if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-class Numbers(Mapping):
-    """Coefficients by name, known to be right, with the JSON text they came in, to be copied as it is.
-
-    A list holds them, which is made sooner than a dict.
-    """
-
-    __slots__ = ["numbers", "text"]
-
-    def __init__(self, numbers: list[float], text: str):
-        self.numbers, self.text = numbers, text
-
-    def __getitem__(self, name: str) -> float:
-        return self.numbers[ARKIT_NAMES.index(name)]
-
-    def __iter__(self):
-        return iter(ARKIT_NAMES)
-
-    def __len__(self):
-        return len(ARKIT_NAMES)
-
-    def values(self):
-        return self.numbers
-
-
-# A record as these scripts write it, the names in order, numbers from 0 to 1. One match reads and checks it.
-TEXT = r'"([^"\\\x00-\x1f]*)"'
-NUMBER = r"(0\.[0-9]++|1\.0|0|1|[1-9](?:\.[0-9]+)?e-0*[1-9][0-9]*)"
-PLAIN = re.compile(rf'{{(?:"image": (?:null|{TEXT}), )?(?:"identity": {TEXT}, )?"coefficients": ({{'
-                   + ", ".join(f'"{name}": {NUMBER}' for name in ARKIT_NAMES) + r'})(?:, (".*))?}\s*')
-
-
-class Decimals(dict):
-    """The values of numbers in JSON: those of few decimals at hand, of others calculated."""
-
-    def __missing__(self, text: str) -> float:
-        return float(text)
-
-
-DECIMALS = Decimals({str(k / 10_000): k / 10_000 for k in range(10_001)})
-
-
-def read_plain(line: str) -> dict | None:
-    """The record in a line that matches PLAIN, its coefficients as Numbers. None for other lines."""
-    found = PLAIN.fullmatch(line)
-    if not found:
-        return None
-    image, identity, text, *numbers, rest = found.groups()
-    others = parse_json(f"{{{rest}}}") if rest else {}
-    if others is None or "coefficients" in others:
-        return None
-    first = {"image": image} if identity is None else {"image": image, "identity": identity}
-    return {**first, **others, "coefficients": Numbers(list(map(DECIMALS.__getitem__, numbers)), text)}
-
-
-def rows_of_jsonl(path: Path) -> Iterator[tuple]:
-    """Yields (where, record) of label or prediction records."""
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                value = read_plain(line) or json.loads(line)
-            except (ValueError, RecursionError) as error:
-                fix = "expected one object a line, delete a torn one"
-                raise SystemExit(f"{where}: not JSON ({error}); {fix}")
-            yield from rows_of_json(path, value, where)
-
-
-def rows_of_json(path: Path, value, where: str) -> list[tuple]:
-    """(where, record) of a JSON value: a record, MediaPipe's result for one or many images, or just names."""
-    if isinstance(value, list) and not is_categories(value):
-        try:
-            parts = [rows_of_json(path, part, f"{where}, entry {k}") for k, part in enumerate(value, 1)]
-        except RecursionError:
-            raise SystemExit(f"{path}: hundreds of lists within lists; expected {FORMS}")
-        return [row for part in parts for row in part]
-    if isinstance(value, dict) and "coefficients" in value:
-        record = {key: value[key] for key in ("image", "identity", "coefficients", "error") if key in value}
-        if not isinstance(record.get("image"), str | None):
-            given = f"image is {value['image']!r:.60}"
-            raise SystemExit(f"{where}: {given}, expected a path relative to the file")
-        if not isinstance(record.get("identity"), str | int | None):
-            raise SystemExit(f"{where}: identity is {value['identity']!r:.60}, expected a name")
-        if isinstance(value["coefficients"], dict):
-            record["coefficients"] = {canonical(name): v for name, v in value["coefficients"].items()}
-        return [(where, record)]
-    if isinstance(value, dict) and "faceBlendshapes" in value:
-        faces = value["faceBlendshapes"]
-        return rows_of_json(path, faces, where) if faces != [] else [(where, {"error": "no face was found"})]
-    if isinstance(value, dict) and is_categories(value.get("categories")):
-        value = value["categories"]
-    if is_categories(value):
-        value = {category["categoryName"]: category.get("score") for category in value}
-        value.pop("_neutral", None)
-    if not isinstance(value, dict) or not {canonical(name) for name in value} & set(ARKIT_NAMES):
-        raise SystemExit(f"{where}: expected an object with the field \"coefficients\", or {FORMS}")
-    return [(where, {"coefficients": {canonical(name): number for name, number in value.items()}})]
-
-
-def is_categories(value) -> bool:
-    """Whether a JSON value is MediaPipe's list of {"categoryName", "score"}."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(part, dict) and isinstance(part.get("categoryName"), str) for part in value)
-
-
-def rows_of_csv(path: Path) -> list[tuple]:
-    """(where, record) of a Live Link Face take, by column name; other columns are ignored."""
-    try:
-        with open_text(path) as file:
-            header, *lines = csv.reader(file)
-    except csv.Error as error:
-        raise SystemExit(f"{path}: not readable as CSV ({error}); expected {FORMS}")
-    columns = {canonical(name): place for place, name in enumerate(header)}
-    missing = [name for name in ARKIT_NAMES if name not in columns and name != "tongueOut"]
-    if missing:
-        raise SystemExit(f"{path}: no column for {missing[:5]}; expected {FORMS}")
-    rows = []
-    for number, line in enumerate(lines, 2):
-        where, coefficients = f"{path}, line {number}", {}
-        for name in ARKIT_NAMES:
-            if name in columns:
-                word = line[columns[name]] if columns[name] < len(line) else None
-                try:
-                    coefficients[name] = float(word)
-                except (TypeError, ValueError):
-                    raise SystemExit(f"{where}: {name} is {word!r:.40}, expected a number from 0 to 1")
-        rows.append((where, {"image": None, "identity": path.stem, "coefficients": coefficients}))
-    if not rows:
-        raise SystemExit(f"{path}: a header without rows; expected {FORMS}")
-    return rows
-
-
-def as_array(records: list[dict]) -> np.ndarray:
-    """The coefficients of records as (N, C)."""
-    numbers = chain.from_iterable(record["coefficients"].values() for record in records)
-    return np.fromiter(numbers, float).reshape(-1, len(ARKIT_NAMES))
-
-
-@lru_cache
-def relative_folder(path: str, folder: str) -> str:
-    """The path, with slashes and one at its end, of a folder seen from another one; both are absolute."""
-    relative = os.path.relpath(path, folder).replace(os.sep, "/")
-    return "" if relative == "." else relative + "/"
-
-
-def relative_image(image: str | None, folder: str) -> str | None:
-    """The path relative to `folder`, with slashes, of an image that is absolute or already relative to it."""
-    if not image:
-        return None
-    path, name = os.path.split(os.path.join(folder, image))
-    return relative_folder(path, folder) + name
-
-
-ENCODE = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def record_line(record: dict, folder: str, description: dict, annotator: str) -> str:
-    """The line of an annotated record, its image relative to `folder`."""
-    image = ENCODE(relative_image(record.get("image"), folder))
-    identity = f'"identity": {ENCODE(record["identity"])}, ' if "identity" in record else ""
-    coefficients = getattr(record["coefficients"], "text", None) or ENCODE(record["coefficients"])
-    return (f'{{"image": {image}, {identity}"coefficients": {coefficients}, '
-            f'"description": {ENCODE(description)}, "annotator": {ENCODE(annotator)}}}\n')
-
-
-class Summary:
-    """What was written, in counts, so that the records need not be kept."""
-
-    def __init__(self):
-        self.records, self.pictures, self.active = 0, 0, np.zeros(len(ARKIT_NAMES))
-        self.people, self.categories = set(), Counter()
-
-    def add(self, records: list[dict], values: np.ndarray, descriptions: list[dict]) -> None:
-        """Counts records, their coefficients as rows (N, C) and their descriptions."""
-        self.records += len(records)
-        self.pictures += sum(1 for record in records if record.get("image"))
-        self.active += (values >= ACTIVE).sum(axis=0)
-        self.people.update(record["identity"] for record in records if "identity" in record)
-        self.categories.update(description["expression_category"] for description in descriptions)
-
-    def show(self, counts: Counter) -> None:
-        """Prints the summary and, from `counts`, what was clipped or skipped while reading."""
-        oddities = "".join(f", {count} {what}" for what, count in counts.items() if count)
-        print(f"{self.records} records, {len(self.people)} identities{oddities}")
-        common = self.categories.most_common(6)
-        shares = [f"{name} {100 * count / self.records:.0f}%" for name, count in common]
-        print(f"expressions: {', '.join(shares)}")
-        active = Counter(dict(zip(ARKIT_NAMES, self.active.tolist()))).most_common()
-        shares = [f"{name} {100 * count / self.records:.0f}%" for name, count in active]
-        print(f"most active: {', '.join(shares[:4])}; least: {', '.join(shares[-4:])}")
-
-
-def write_records(path: Path, records: Iterable[dict]) -> Summary:
-    """Describes the records by rules and writes them, whole or not at all."""
-    folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records, summary = iter(records), Summary()
-    gc.disable()  # looking for cycles, of which there are none, would take 7% longer
-    try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            bar = tqdm(desc=f"describing {path.name}", unit=" faces", disable=None)
-            while part := list(islice(records, 1000)):
-                values = as_array(part)
-                descriptions = describe_all(values)
-                lines = [record_line(record, folder, description, "rules")
-                         for record, description in zip(part, descriptions)]
-                file.write("".join(lines))
-                summary.add(part, values, descriptions)
-                bar.update(len(part))
-            bar.close()
-        partial.replace(path)
-    finally:
-        gc.enable()
-        partial.unlink(missing_ok=True)
-    return summary
-
-
-# ---------------------------------------------------------------------------------------------------
-# Describing: coefficients -> four fields (Sec. 3.1)
-# ---------------------------------------------------------------------------------------------------
-
+# ---- Describing by rules -------------------------------------------------------------------------
 def sides(key: str) -> list[str]:
-    """The ARKit names a table key stands for: aLeft and aRight for "a_", a and b for "a/b", else itself."""
+    """The ARKit names of a table key: aLeft and aRight for "a_", a and b for "a/b", else a."""
     return [key[:-1] + "Left", key[:-1] + "Right"] if key.endswith("_") else key.split("/")
 
+def expand(pattern: dict, mirrored: bool = False) -> dict:
+    """Writes out the keys that stand for two names; `mirrored`, Left and Right are swapped."""
+    whole = {name: value for key, value in pattern.items() for name in sides(key)}
+    swap = {"Left": "Right", "Right": "Left"} if mirrored else {"Left": "Left", "Right": "Right"}
+    return {re.sub("Left|Right", lambda side: swap[side[0]], name): x for name, x in whole.items()}
 
-def expand(pattern: dict) -> dict:
-    """Writes out the keys of a pattern that stand for two ARKit names."""
-    return {name: value for key, value in pattern.items() for name in sides(key)}
-
-
-def mirror(pattern: dict) -> dict:
-    """Swaps Left and Right in the names of a pattern."""
-    return {name.replace("Left", "Right") if "Left" in name else name.replace("Right", "Left"): value
-            for name, value in pattern.items()}
-
+PROTOTYPES = [(emotion, expand(pattern)) for emotion, (_, pattern) in EMOTIONS.items()]
+PROTOTYPES.append(("contempt", expand(EMOTIONS["contempt"][1], mirrored=True)))  # on either side
 
 def intensity(value: float) -> str:
     """The adverb of the band that `value` (0..1) lies in."""
     return next(adverb for end, adverb in BANDS if value < end)
 
-
-# Emotion prototypes as unit vectors over the 52. Gaze and blinks, which no emotion has, are not compared.
-PROTOTYPES = [(emotion, expand(pattern)) for emotion, (_, pattern) in EMOTIONS.items()]
-PROTOTYPES.append(("contempt", mirror(EMOTIONS["contempt"][1])))  # one-sided, on either side
-VECTORS = np.array([[pattern.get(name, 0.0) for name in ARKIT_NAMES] for _, pattern in PROTOTYPES])
-VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
-EXPRESSIVE = np.array([not name.startswith(("eyeLook", "eyeBlink")) for name in ARKIT_NAMES])
-
-
-def classify(values: np.ndarray) -> list[tuple[str, str]]:
-    """Expression category and emotional implication of rows (N, C), by the cosine to EMFACS prototypes."""
-    vectors = values * EXPRESSIVE  # (N, C)
-    norms = np.linalg.norm(vectors, axis=1)
-    cosines = vectors @ VECTORS.T / np.maximum(norms, 1e-9)[:, None]  # (N, prototypes)
-    order = np.argsort(-cosines, axis=1)[:, :2]
-    near = np.take_along_axis(cosines, order, axis=1)
-    active = vectors.max(axis=1) >= ACTIVE
-    peaks = (vectors * (VECTORS > 0)[order[:, 0]]).max(axis=1)
-    results = []
-    rows = zip(active.tolist(), order.tolist(), near.tolist(), peaks.tolist())
-    for moves, (best, second), (cosine, next_cosine), peak in rows:
-        emotion, other = PROTOTYPES[best][0], PROTOTYPES[second][0]
-        if not moves:
-            results.append(("neutral", "not clearly observable"))
-        elif cosine < 0.5:
-            results.append(("movement without a clear emotion", "not clearly observable"))
-        elif next_cosine > 0.9 * cosine and other != emotion:
-            mixed = f"{IMPLICATIONS[emotion]}, with {IMPLICATIONS[other]}"
-            results.append((f"{emotion} mixed with {other}", mixed))
-        else:
-            degree = {"slightly": "slight ", "moderately": "", "strongly": "strong "}[intensity(peak)]
-            results.append((degree + emotion, IMPLICATIONS[emotion]))
-    return results
-
-
-def phrase_table(noun: str, verb: str, paired: bool) -> list:
-    """What to say of an action at bands 0 (inactive) to 3, or of a pair: phrases[left][right]."""
-    adverbs = [None] + [adverb for _, adverb in BANDS]
-    if not paired:  # both columns are the same one
-        return [[adverb and f"{noun} {adverb} {verb}"] * len(adverbs) for adverb in adverbs]
-    table = []
-    for left in adverbs:
-        row = [", ".join(f"{side} {noun} {adverb} {verb}"
-                         for side, adverb in (("left", left), ("right", right)) if adverb)
-               if left != right else left and f"both {noun}s {left} {verb}" for right in adverbs]
-        table.append(row)
-    return table
-
-
-ACTIONS = [(region, [ARKIT_NAMES.index(name) for name in sides(key)], key, *words)
-           for region, actions in MOVEMENTS.items() for key, words in actions.items()]
-LEFT = np.array([columns[0] for _, columns, *_ in ACTIONS])  # the same where an action has one column
-RIGHT = np.array([columns[-1] for _, columns, *_ in ACTIONS])
-PHRASES = [(region, phrase_table(noun, verb, len(columns) == 2))
-           for region, columns, _, noun, verb in ACTIONS]
-# The pairs of each region; not gaze, since the eyes look one way, more or less.
-PAIRS = {region.lower(): [columns for other, columns, key, *_ in ACTIONS
-                          if other == region and key.endswith("_") and not key.startswith("eyeLook")]
-         for region in MOVEMENTS}
-
-
-def describe_all(values: np.ndarray) -> list[dict]:
-    """The descriptions of rows of coefficients (N, C), in the order of ARKIT_NAMES."""
-    bands = np.digitize(values, [ACTIVE] + [end for end, _ in BANDS[:-1]])  # (N, C): 0 is inactive
-    left, right = bands[:, LEFT], bands[:, RIGHT]  # (N, actions)
-    movements = [{} for _ in values]  # phrases of each row by region
-    rows, actions = np.nonzero(left + right)
-    found = zip(rows.tolist(), actions.tolist(), left[rows, actions].tolist(), right[rows, actions].tolist())
-    for row, action, left_band, right_band in found:
-        region, phrases = PHRASES[action]
-        movements[row].setdefault(region, []).append(phrases[left_band][right_band])
-    stronger = [[] for _ in values]  # sides of each row
-    for region, pairs in PAIRS.items():
-        if pairs:
-            first, second = np.array(pairs).T
-            difference = values[:, first] - values[:, second]  # (N, pairs)
-            widest = np.abs(difference).argmax(axis=1)
-            tilts = difference[np.arange(len(values)), widest]  # (N,)
-            for row in np.flatnonzero(np.abs(tilts) >= ACTIVE).tolist():
-                stronger[row].append(f"{'left' if tilts[row] > 0 else 'right'} {region}")
-    descriptions = []
-    for (category, implication), regions, tilted in zip(classify(values), movements, stronger):
-        sentences = [f"{region}: {', '.join(phrases)}." for region, phrases in regions.items()]
-        descriptions.append({
-            "expression_category": category,
-            "muscle_movements": " ".join(sentences) or "No visible movement.",
-            "emotional_implication": implication,
-            "symmetry": f"stronger on the {', '.join(tilted)}" if tilted else "symmetric"})
-    return descriptions
-
+def classify(coefficients: dict) -> tuple[str, str]:
+    """Expression category and emotional implication, by the cosine to the emotions' prototypes."""
+    face = {name: value for name, value in coefficients.items()
+            if not name.startswith(("eyeLook", "eyeBlink"))}  # which no emotion has
+    if max(face.values()) < ACTIVE:
+        return "neutral", "not clearly observable"
+    cosines = []
+    for emotion, pattern in PROTOTYPES:
+        product = sum(face[name] * value for name, value in pattern.items())
+        cosine = product / (math.hypot(*face.values()) * math.hypot(*pattern.values()))
+        cosines.append((cosine, emotion, pattern))
+    ranked = sorted(cosines, key=lambda entry: -entry[0])
+    (cosine, emotion, pattern), (next_cosine, other, _) = ranked[:2]
+    if cosine < 0.5:
+        return "movement without a clear emotion", "not clearly observable"
+    implication = EMOTIONS[emotion][0]
+    if next_cosine > 0.9 * cosine and other != emotion:
+        return f"{emotion} mixed with {other}", f"{implication}, with {EMOTIONS[other][0]}"
+    degree = {"slightly": "slight ", "moderately": "", "strongly": "strong "}
+    return degree[intensity(max(face[name] for name in pattern))] + emotion, implication
 
 def describe(coefficients: dict) -> dict:
-    """The hierarchical semantic description (Sec. 3.1): four strings, never at odds with the coefficients."""
-    return describe_all(np.array([[coefficients[name] for name in ARKIT_NAMES]], dtype=float))[0]
+    """Describes a face in four fields, never at odds with its 52 coefficients (0..1 by name)."""
+    sentences, stronger = [], []
+    for region, actions in MOVEMENTS.items():
+        phrases, widest = [], 0.0
+        for key, phrase in actions.items():
+            values = [coefficients[name] for name in sides(key)]
+            adverbs = [intensity(value) if value >= ACTIVE else None for value in values]
+            # Movements: one phrase for an action or a pair that moves alike, or one for each side.
+            subjects = [""] if len(values) == 1 else ["left ", "right "]
+            if len(values) == 2 and adverbs[0] == adverbs[1]:
+                subjects, phrase = ["both "], phrase.replace(" *", "s *")
+            phrases += [subject + phrase.replace("*", adverb)
+                        for subject, adverb in zip(subjects, adverbs) if adverb]
+            # Symmetry: the largest difference of a pair. Not gaze, since the eyes look one way.
+            if key.endswith("_") and not key.startswith("eyeLook"):
+                widest = max(widest, values[0] - values[1], key=abs)
+        if phrases:
+            sentences.append(f"{region}: {', '.join(phrases)}.")
+        if abs(widest) >= ACTIVE:
+            stronger.append(f"{'left' if widest > 0 else 'right'} {region.lower()}")
+    category, implication = classify(coefficients)
+    return {"expression_category": category,
+            "muscle_movements": " ".join(sentences) or "No visible movement.",
+            "emotional_implication": implication,
+            "symmetry": f"stronger on the {', '.join(stronger)}" if stronger else "symmetric"}
 
+# ---- Describing by a frozen language model -------------------------------------------------------
+def ask_llm(model, tokenizer, faces: list[dict], sample: bool) -> list[dict | None]:
+    """Lets a chat model fill in the fields for each face: JSON's braces and names are fed, a field
+    ends at its quote. None stands for a face of which one is empty, endless or a loop."""
+    texts, found = [], [{} for _ in faces]
+    for face in faces:
+        active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
+        prompt = LLM_PROMPT + (", ".join(active) or "none, the face is at rest")
+        if tokenizer.chat_template:
+            prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
+                                                   tokenize=False, add_generation_prompt=True)
+        texts.append(prompt + "{")
+    for field in FIELDS:
+        texts = [f'{text}"{field}": "' for text in texts]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        tokens = model.generate(
+            **inputs, do_sample=sample, max_new_tokens=LLM_TOKENS, stop_strings=['"'],
+            tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id)
+        tokens = tokens[:, inputs["input_ids"].shape[1]:]  # the new ones
+        for k, answer in enumerate(tokenizer.batch_decode(tokens, skip_special_tokens=True)):
+            words, quote, _ = answer.partition('"')
+            if not quote or not words.strip() or LOOP.search(words):
+                found[k] = None
+            elif found[k] is not None:
+                found[k][field] = " ".join(words.split())
+            texts[k] += words + '", '
+    return found
 
-# ---------------------------------------------------------------------------------------------------
-# Describing by a frozen language model (Sec. 3.1)
-# ---------------------------------------------------------------------------------------------------
-
-def llm_prompt(coefficients: dict) -> str:
-    """What the language model is told: the active coefficients, never the picture."""
-    active = {name: round(value, 2) for name, value in coefficients.items() if value >= ACTIVE}
-    listed = ", ".join(f"{name} {value}" for name, value in active.items()) or "none: the face is at rest"
-    return LLM_PROMPT.format(listed)
-
-
-def read_description(text: str) -> dict | None:
-    """The four fields from a language model's answer, or None if they are not all there as texts."""
-    start = text.find("{")
-    try:
-        answer = json.JSONDecoder().raw_decode(text, start)[0] if start >= 0 else None
-    except (ValueError, RecursionError):
-        return None
-    fields = [answer.get(field) for field in FIELDS] if isinstance(answer, dict) else [None]
-    if not all(isinstance(value, str) and value.strip() for value in fields):
-        return None
-    return {field: " ".join(value.split()) for field, value in zip(FIELDS, fields)}
-
-
-class Llm:
-    """A frozen chat model that writes descriptions."""
-
-    def __init__(self, name: str, device: str):
-        import torch  # the rules and the drawings do without
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-        self.torch = torch
-        logging.disable_progress_bar()
-        self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-            self.model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(self.device).eval()
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise SystemExit(f"--llm {name} cannot be loaded ({reason}); expected a hub id or a folder")
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-
-    def write(self, prompts: list[str], sample: bool) -> list[str]:
-        """Answers to prompts, the likeliest or, for another try, sampled."""
-        if self.tokenizer.chat_template:
-            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            prompts = [self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-                       for turn in turns]
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        inputs = {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        with self.torch.inference_mode():
-            tokens = self.model.generate(**inputs, do_sample=sample, max_new_tokens=LLM_TOKENS,
-                                         pad_token_id=self.tokenizer.pad_token_id)
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-
-
-def write_llm_records(path: Path, records: list[dict], args: argparse.Namespace) -> Summary:
-    """Lets a language model describe the records and appends them as they come, from where it stopped.
-
-    A malformed answer is asked for again, LLM_TRIES times in all. Then the rules describe the record, and its
-    "annotator" says so.
-    """
-    folder, partial = str(path.parent.absolute()), path.with_name(path.name + ".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept, counts, summary = [], Counter(), Summary()
-    lines = partial.read_text("utf-8", "replace").split("\n") if partial.is_file() else []
-    for line, record in zip(lines, records):
-        done = parse_json(line)
-        if not done or done["coefficients"] != record["coefficients"] or args.llm not in done["annotator"]:
+def describe_by_llm(records: list[dict], kept: list[str], args) -> Iterator[tuple]:
+    """Yields (description, annotator) of each record, first those of the lines `kept`. A malformed
+    answer is asked for again, LLM_TRIES times in all. Then the rules stand in."""
+    done = 0
+    for old, record in zip(map(json.loads, kept), records):
+        if old["coefficients"] != record["coefficients"] or args.llm not in old["annotator"]:
             break
-        kept.append(line + "\n")
-        counts[done["annotator"]] += 1
-        summary.add([record], as_array([record]), [done["description"]])
-    partial.write_text("".join(kept), "utf-8")
-    llm = Llm(args.llm, args.device)
-    bar = tqdm(total=len(records), initial=len(kept), desc="describing", unit=" faces", disable=None)
-    with partial.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        for start in range(len(kept), len(records), args.batch_size):
-            batch = records[start:start + args.batch_size]
-            found = [None] * len(batch)
-            for attempt in range(LLM_TRIES):
-                open_ones = [k for k, description in enumerate(found) if not description]
-                if open_ones:
-                    prompts = [llm_prompt(batch[k]["coefficients"]) for k in open_ones]
-                    for k, text in zip(open_ones, llm.write(prompts, sample=attempt > 0)):
-                        found[k] = read_description(text)
-            for k, record in enumerate(batch):
-                annotator = args.llm if found[k] else f"rules, since {args.llm} gave no valid answer"
-                found[k] = found[k] or describe(record["coefficients"])
-                file.write(record_line(record, folder, found[k], annotator))
-                counts[annotator] += 1
-            summary.add(batch, as_array(batch), found)
+        done += 1
+        yield old["description"], old["annotator"]
+    import torch  # the rules and the drawings do without
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    torch.manual_seed(args.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.llm, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(args.device).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"--llm {args.llm} cannot be loaded: {str(error):.300}".partition("\n")[0])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rules = f"rules, since {args.llm} gave no valid answer"
+    for start in range(done, len(records), args.batch_size):
+        faces = [record["coefficients"] for record in records[start:start + args.batch_size]]
+        found = [None] * len(faces)
+        for attempt in range(LLM_TRIES):
+            missing = [k for k, description in enumerate(found) if not description]
+            answers = ask_llm(model, tokenizer, [faces[k] for k in missing], attempt > 0)
+            for k, answer in zip(missing, answers):
+                found[k] = answer
+            if all(found):
+                break
+        for face, answer in zip(faces, found):
+            yield (answer, args.llm) if answer else (describe(face), rules)
+
+# ---- Files ---------------------------------------------------------------------------------------
+def canonical(name: str) -> str:
+    """The ARKit name for EyeBlinkLeft (Live Link), eyeBlink_L (other apps) or eyeBlinkLeft."""
+    name = re.sub("_R$", "Right", re.sub("_L$", "Left", name.strip()))
+    return name[:1].lower() + name[1:]
+
+def check_coefficients(given: dict, counts: Counter) -> dict:
+    """The 52 in order, clipped to 0..1 (real takes reach 1.053). Raises ValueError on others."""
+    given = {canonical(name): value for name, value in given.items()}
+    if "tongueOut" not in given:  # MediaPipe and others cannot see it
+        given["tongueOut"] = 0.0
+        counts["records without tongueOut, set to 0"] += 1
+    different = sorted(set(given) ^ set(ARKIT_NAMES))
+    if different:
+        raise ValueError(f"{str(different[:3]):.150} missing or unknown")
+    for name, value in given.items():
+        if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # True and NaN are neither
+            raise ValueError(f"{name} is {value!r:.40}, not 0 to 1 (divide percentages by 100)")
+        counts["clipped values"] += not 0 <= value <= 1
+    return {name: min(max(0.0, given[name]), 1.0) for name in ARKIT_NAMES}
+
+def rows_of_jsonl(path: Path) -> Iterator[dict]:
+    """Image, identity, coefficients and error of each label or prediction record."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for line in file:
+            record = json.loads(line)
+            row = {key: record[key] for key in ("image", "identity", "error") if key in record}
+            yield {**row, "coefficients": record["coefficients"]}
+
+def rows_of_csv(path: Path) -> Iterator[dict]:
+    """The rows of a Live Link Face take, by column name; other columns are ignored."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = {canonical(name): value for name, value in row.items() if name}
+            numbers = {name: float(numbers[name]) for name in ARKIT_NAMES if name in numbers}
+            yield {"image": None, "identity": path.stem, "coefficients": numbers}
+
+def rows_of_json(path: Path) -> Iterator[dict]:
+    """MediaPipe's results, one an image (of several faces the first) or one alone: either
+    {"faceBlendshapes": [{"categories": [...]}]} or one face's list of categories."""
+    results = json.loads(path.read_text("utf-8-sig", "replace"))
+    for result in results if isinstance(results, list) else [results]:
+        faces = result["faceBlendshapes"] if isinstance(result, dict) else [result]
+        if not faces:
+            yield {"error": "no face was found"}
+            continue
+        categories = faces[0]["categories"] if isinstance(faces[0], dict) else faces[0]
+        scores = {category["categoryName"]: category["score"] for category in categories}
+        scores.pop("_neutral", None)
+        yield {"coefficients": scores}
+
+def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Iterator[dict]:
+    """Yields every Nth record of a file, images as absolute paths. SystemExit on a bad one."""
+    reader = {".csv": rows_of_csv, ".json": rows_of_json}.get(path.suffix.lower(), rows_of_jsonl)
+    rows, number = reader(path), 0
+    try:
+        if args.frames:
+            rows, frames = list(rows), sorted(Path(args.frames).absolute().iterdir())
+            frames = [f for f in frames if f.suffix.lower() in Image.registered_extensions()]
+            if len(frames) != len(rows):
+                raise ValueError(f"--frames holds {len(frames)} pictures for {len(rows)} rows")
+            rows = [{**row, "image": str(frame)} for row, frame in zip(rows, frames)]
+        for number, row in enumerate(rows, 1):
+            if (number - 1) % args.every:
+                continue
+            if row.pop("error", None):
+                counts["without a face or a prediction left out"] += 1
+                continue
+            row["coefficients"] = check_coefficients(row["coefficients"], counts)
+            image = row.pop("image", None)
+            yield {"image": image and os.path.abspath(path.parent / image), **row}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError,
+            csv.Error) as error:
+        raise SystemExit(f"{path}, record {number}: {type(error).__name__} {str(error):.300}; "
+                         "expected 52 ARKit coefficients each, in records (.jsonl), a Live Link "
+                         "Face take (.csv) or MediaPipe's results (.json)")
+
+def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
+    """Describes records and writes them as they come, under another name until all are done."""
+    partial = path.with_name(path.name + (".unfinished" if args.llm else ".partial"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    described = ((describe(record["coefficients"]), "rules") for record in records)
+    if args.llm:  # what an interrupted run left is kept, without a torn last line
+        lines = partial.read_text("utf-8", "replace") if partial.is_file() else ""
+        described = describe_by_llm(records, lines.split("\n")[:-1], args)
+    annotators, categories, active = Counter(), Counter(), Counter()
+    bar = tqdm(zip(records, described), path.name, len(records), unit=" faces", disable=None)
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for record, (description, annotator) in bar:
+            image = record.get("image") and os.path.relpath(record["image"], path.parent)
+            record = {**record, "image": image, "description": description, "annotator": annotator}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
-    bar.close()
+            annotators[annotator] += 1
+            categories[description["expression_category"]] += 1
+            active.update(name for name, x in record["coefficients"].items() if x >= ACTIVE)
     partial.replace(path)
-    print("described by " + ", ".join(f"{name}: {count}" for name, count in counts.items()))
-    return summary
+    print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}; most frequent "
+          f"{dict(categories.most_common(4))}, most active {dict(active.most_common(4))}")
 
-
-# ---------------------------------------------------------------------------------------------------
-# Drawing: coefficients -> cartoon face
-# ---------------------------------------------------------------------------------------------------
-
-DARK, WHITE, RED, CAVITY, TONGUE = (40, 25, 25), (250, 250, 245), (205, 80, 80), (70, 15, 20), (225, 105, 120)
-# Two drawing styles: what the demo trains on, and one with other colours, proportions and lines, on which
-# it is only tested. A proportion lies between two ends; lines are `line` times as wide, faces outlined.
+# ---- Drawing the demo's faces --------------------------------------------------------------------
+DARK, WHITE, RED = (40, 25, 25), (250, 250, 245), (205, 80, 80)
+CAVITY, TONGUE = (70, 15, 20), (225, 105, 120)
+SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
+# Two drawing styles: what the demo trains on, and one with other colours, proportions (each between
+# two ends) and lines (`line` times as wide), on which it is only tested.
 STYLES = {
     "cartoon": {
-        "skins": [(250, 220, 196), (240, 200, 170), (222, 176, 140), (190, 140, 104), (150, 104, 74),
-                  (112, 76, 54)],
-        "hairs": [(30, 24, 22), (70, 46, 30), (120, 80, 44), (196, 150, 80), (150, 60, 30), (150, 150, 150)],
-        "irises": [(80, 50, 26), (50, 100, 60), (60, 110, 170), (100, 100, 110)],
+        "skins": ["#fadcc4", "#f0c8aa", "#deb08c", "#be8c68", "#96684a", "#704c36"],
+        "hairs": ["#1e1816", "#462e1e", "#78502c", "#c49650", "#963c1e", "#969696"],
+        "irises": ["#50321a", "#32643c", "#3c6eaa", "#64646e"], "line": 1.0, "outline": 0.0,
         "proportions": {"fringe": (-0.75, -0.6), "width": (0.68, 0.80), "height": (0.76, 0.84),
-                        "eye": (0.9, 1.15), "gap": (0.31, 0.37), "brow": (0.05, 0.09), "nose": (0.85, 1.2),
-                        "mouth": (0.24, 0.31)},
-        "line": 1.0, "outline": 0.0},
+                        "eye": (0.9, 1.15), "gap": (0.31, 0.37), "brow": (0.05, 0.09),
+                        "nose": (0.85, 1.2), "mouth": (0.24, 0.31)}},
     "comic": {
-        "skins": [(244, 232, 120), (200, 230, 150), (150, 210, 210), (150, 170, 230), (200, 150, 220),
-                  (240, 170, 190)],
-        "hairs": [(20, 60, 120), (170, 40, 90), (30, 110, 70), (110, 40, 130), (230, 120, 20),
-                  (245, 245, 245)],
-        "irises": [(150, 30, 40), (120, 60, 150), (20, 120, 120), (200, 150, 30)],
+        "skins": ["#f4e878", "#c8e696", "#96d2d2", "#96aae6", "#c896dc", "#f0aabe"],
+        "hairs": ["#143c78", "#aa285a", "#1e6e46", "#6e2882", "#e67814", "#f5f5f5"],
+        "irises": ["#961e28", "#783c96", "#147878", "#c8961e"], "line": 1.5, "outline": 0.04,
         "proportions": {"fringe": (-0.62, -0.5), "width": (0.80, 0.90), "height": (0.70, 0.76),
-                        "eye": (1.15, 1.3), "gap": (0.36, 0.41), "brow": (0.03, 0.05), "nose": (0.6, 0.85),
-                        "mouth": (0.31, 0.36)},
-        "line": 1.5, "outline": 0.04},
+                        "eye": (1.15, 1.3), "gap": (0.36, 0.41), "brow": (0.03, 0.05),
+                        "nose": (0.6, 0.85), "mouth": (0.31, 0.36)}},
 }
-SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
-
-# Skin creases, as dark as the action is strong: both x, both y of the left one, mirrored for the right.
+# Skin creases, as dark as the action is strong: both x, both y of the left one (mirrored right).
 CREASES = [
     ("browDown", (0.05, 0.05), (-0.42, -0.26)), ("mouthUpperUp", (0.16, 0.26), (0.22, 0.34)),
     ("noseSneer", (0.03, 0.16), (-0.12, -0.07)), ("noseSneer", (0.03, 0.16), (-0.04, 0.01)),
@@ -704,37 +378,29 @@ CREASES = [
     ("mouthShrugLower", (0.03, 0.06), (0.68, 0.74)),
 ]
 
-
 class Pen:
-    """Draws in face coordinates, -1 to 1: x to the right of the picture (the subject's left), y down."""
+    """Draws in face coordinates, -1 to 1: x to the picture's right (the subject's left), y down."""
 
     def __init__(self, size: int, background: tuple, thickness: float):
-        self.thickness = thickness
+        self.half, self.thickness = size * SUPERSAMPLE / 2, thickness
         self.canvas = Image.new("RGB", (size * SUPERSAMPLE, size * SUPERSAMPLE), background)
         self.draw = ImageDraw.Draw(self.canvas)
-        self.half = size * SUPERSAMPLE / 2
 
     def scale(self, x: list, y: list) -> list:
         return (self.half * (1 + np.column_stack([x, y]))).ravel().tolist()
-
     def polygon(self, x: list, y: list, color: tuple):
         self.draw.polygon(self.scale(x, y), fill=color)
-
     def band(self, x: list, upper: list, lower: list, color: tuple):
         self.polygon(np.append(x, x[::-1]), np.append(upper, lower[::-1]), color)
-
     def line(self, x: list, y: list, color: tuple, width: float):
         pixels = max(1, round(width * self.thickness * self.half))
         self.draw.line(self.scale(x, y), fill=color, width=pixels, joint="curve")
-
     def ellipse(self, x: float, y: float, rx: float, ry: float, color: tuple):
         self.draw.ellipse(self.scale([x - rx, x + rx], [y - ry, y + ry]), fill=color)
-
 
 def mix(color: tuple, other: tuple, amount: float) -> tuple:
     """The color `amount` (0..1) of the way from `color` to `other`."""
     return tuple(round(a + (b - a) * amount) for a, b in zip(color, other))
-
 
 def draw_head(pen: Pen, look: dict, c: dict) -> None:
     """Hair, outline, chin and puffed cheeks (jawOpen, jawLeft, jawRight, jawForward, cheekPuff)."""
@@ -755,9 +421,8 @@ def draw_head(pen: Pen, look: dict, c: dict) -> None:
     for side in (-1, 1):
         pen.ellipse(side * 0.5, 0.36, 0.13, 0.13, mix(skin, WHITE, 0.55 * c["cheekPuff"]))
 
-
 def draw_mouth(pen: Pen, look: dict, c: dict) -> None:
-    """Lips, teeth and tongue (the jaw's opening and shift, tongueOut, mouth actions but the dimples)."""
+    """Lips, teeth and tongue (the jaw's opening and shift, tongueOut, mouth but the dimples)."""
     pucker, funnel, tongue, lips = c["mouthPucker"], c["mouthFunnel"], c["tongueOut"], look["lips"]
     t = np.arange(-7, 8) / 7  # from the right corner to the left
     arch, opening, reach = 1 - t * t, np.sqrt(1 - t * t), np.minimum(1, 3 * abs(t))
@@ -784,7 +449,6 @@ def draw_mouth(pen: Pen, look: dict, c: dict) -> None:
         pen.ellipse(x[7], lower[7] + 0.08 * tongue, 0.06 + 0.06 * tongue, 0.17 * tongue, TONGUE)
         pen.line([x[7], x[7]], [lower[7], lower[7] + 0.15 * tongue], mix(TONGUE, DARK, 0.4), 0.02)
 
-
 def draw_side(pen: Pen, look: dict, c: dict, side: int) -> None:
     """Eye, cheek, brow, nostril and creases of one side: 1 is the subject's left, -1 the right."""
     c = {name.removesuffix("Left" if side > 0 else "Right"): value for name, value in c.items()}
@@ -801,8 +465,7 @@ def draw_side(pen: Pen, look: dict, c: dict, side: int) -> None:
     pupil_y = y0 - 0.01 + 0.085 * (c["eyeLookDown"] - c["eyeLookUp"])
     pen.ellipse(pupil_x, pupil_y, 0.08, 0.08, look["iris"])
     pen.ellipse(pupil_x, pupil_y, 0.04, 0.04, DARK)
-    # The lids hide what of the iris lies outside the opening.
-    pen.band(x, upper, y0 - 0.02 - 0.2 * np.sqrt(arch), lid)
+    pen.band(x, upper, y0 - 0.02 - 0.2 * np.sqrt(arch), lid)  # the lids hide the iris
     pen.band(x, lower, y0 - 0.02 + 0.2 * np.sqrt(arch), skin)
     pen.line(x, upper, DARK, 0.035)
     pen.line(x, lower, mix(skin, DARK, 0.35 + 0.5 * squint), 0.02 + 0.02 * squint)
@@ -821,61 +484,62 @@ def draw_side(pen: Pen, look: dict, c: dict, side: int) -> None:
         if c[action] > 0:
             pen.line(side * np.array(x), y, mix(skin, DARK, 0.85 * c[action]), 0.03)
 
-
 def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
               style: str = "cartoon") -> Image.Image:
-    """Draws a face of `size` pixels with every action visible; the identity alone fixes the looks."""
-    rng = np.random.default_rng(list(str(identity).encode()))
-    palette = STYLES[style]
-    tone = rng.uniform(0, len(palette["skins"]) - 1.001)
-    skin = mix(palette["skins"][int(tone)], palette["skins"][int(tone) + 1], tone % 1)
-    look = {"skin": skin, "lips": mix(skin, RED, rng.uniform(0.5, 0.9)), "outline": palette["outline"],
-            "hair": palette["hairs"][rng.integers(6)], "iris": palette["irises"][rng.integers(4)]}
-    pen = Pen(size, background=tuple(rng.integers(60, 230, 3).tolist()), thickness=palette["line"])
-    look |= {part: rng.uniform(low, high) for part, (low, high) in palette["proportions"].items()}
+    """Draws a face of `size` pixels, every action visible; the identity alone fixes the looks."""
+    rng, palette = np.random.default_rng(list(str(identity).encode())), STYLES[style]
+    skins = [ImageColor.getrgb(color) for color in palette["skins"]]
+    tone = rng.uniform(0, len(skins) - 1.001)
+    skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
+    look = {"skin": skin, "lips": mix(skin, RED, rng.uniform(0.5, 0.9)),
+            "outline": palette["outline"], "hair": palette["hairs"][rng.integers(6)],
+            "iris": palette["irises"][rng.integers(4)]}
+    pen = Pen(size, tuple(rng.integers(60, 230, 3).tolist()), palette["line"])
+    look |= {part: rng.uniform(*ends) for part, ends in palette["proportions"].items()}
     draw_head(pen, look, coefficients)
     draw_mouth(pen, look, coefficients)
     draw_side(pen, look, coefficients, 1)
     draw_side(pen, look, coefficients, -1)
     return pen.canvas.reduce(SUPERSAMPLE)
 
-
-def draw_all(records: list[dict], folder: Path, style: str = "cartoon") -> list[dict]:
-    """Draws all faces, on all cores; returns the records with their images, relative to `folder`."""
-    images = folder / ("images" if style == "cartoon" else f"images_{style}")
+def draw_all(records: list[dict], images: Path, style: str = "cartoon") -> list[dict]:
+    """Draws all faces into a folder, on all cores; returns the records with their images."""
     images.mkdir(parents=True, exist_ok=True)
-    coefficients = [record["coefficients"] for record in records]
-    people = [record.get("identity", "id000") for record in records]
-    drawn = []
+    faces, people = zip(*((r["coefficients"], r.get("identity", "id000")) for r in records))
+    paths = [str(images.absolute() / f"{k:06d}.png") for k in range(len(records))]
     with ProcessPoolExecutor() as pool:
-        faces = pool.map(draw_face, coefficients, people, repeat(64), repeat(style), chunksize=64)
-        bar = tqdm(faces, "drawing", len(records), unit=" faces", disable=None)
-        for face, record in zip(bar, records):  # the bar first, so that it sees the end
-            path = images / f"{len(drawn):06d}.png"
-            face.save(path)
-            drawn.append({**record, "image": f"{images.name}/{path.name}"})
-    return drawn
+        pictures = pool.map(draw_face, faces, people, repeat(64), repeat(style), chunksize=64)
+        for path, picture in zip(paths, tqdm(pictures, "drawing", len(records), disable=None)):
+            picture.save(path)
+    return [{**record, "image": path} for record, path in zip(records, paths)]
 
-
-# ---------------------------------------------------------------------------------------------------
-# The demo, and the stage itself
-# ---------------------------------------------------------------------------------------------------
+# Movements of the demo that are no emotion, as a blink, a wink, speech or chewing.
+GESTURES = [
+    {}, {"eyeBlink_": 1.0}, {"eyeBlinkLeft": 1.0, "cheekSquintLeft": 0.5, "mouthSmileLeft": 0.4},
+    {"mouthPucker": 0.9}, {"mouthFunnel": 0.9, "jawOpen": 0.3},
+    {"jawOpen": 0.8, "mouthLowerDown_": 0.3},
+    {"mouthStretch_": 0.5, "mouthLowerDown_": 0.6, "mouthUpperUp_": 0.4},
+    {"mouthRollLower": 0.7, "mouthRollUpper": 0.7}, {"cheekPuff": 0.9, "mouthPress_": 0.4},
+    {"jawOpen": 0.6, "mouthClose": 0.5, "jawLeft": 0.6, "mouthLeft": 0.5},
+    {"mouthShrugLower": 0.8, "mouthShrugUpper": 0.6, "mouthFrown_": 0.4},
+    {"tongueOut": 0.9, "jawOpen": 0.4}, {"jawForward": 0.9, "mouthRollUpper": 0.3},
+    {"mouthDimple_": 0.8, "mouthPress_": 0.5}]
 
 def sample_expression(rng: np.random.Generator) -> dict:
     """Draws 52 plausible coefficients: one or two patterns, stray actions, asymmetry and a gaze."""
     patterns = 2 * [pattern for _, pattern in EMOTIONS.values()] + GESTURES
     c = dict.fromkeys(ARKIT_NAMES, 0.0)
     for strength in (rng.uniform(0.3, 1.1), rng.uniform(0.2, 0.8) * (rng.random() < 0.4)):
-        pattern = expand(patterns[rng.integers(len(patterns))])
-        pattern = mirror(pattern) if rng.random() < 0.5 else pattern
-        for name, value in pattern.items():
+        pattern = patterns[rng.integers(len(patterns))]
+        for name, value in expand(pattern, mirrored=rng.random() < 0.5).items():
             c[name] = max(c[name], value * strength * rng.uniform(0.8, 1.2))
     for name in rng.choice(ARKIT_NAMES, rng.integers(1, 6), replace=False):
         c[name] = max(c[name], rng.uniform(0.2, 1.0))
     tilt = rng.normal(0, 0.15)
     for name in ARKIT_NAMES:
-        c[name] *= 1 + tilt * (name.endswith("Left") - name.endswith("Right")) + rng.normal(0, 0.08)
-    # The two eyes turn together, x > 0 to the subject's left; on a closed eye none of this can be seen.
+        side = {"Left": 1, "ight": -1}.get(name[-4:], 0)  # of the face
+        c[name] *= 1 + tilt * side + rng.normal(0, 0.08)
+    # The two eyes turn together, x > 0 to the subject's left; a closed eye shows none of this.
     x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
     gaze = {"OutLeft": x, "InRight": x, "InLeft": -x, "OutRight": -x,
             "UpLeft": y, "UpRight": y, "DownLeft": -y, "DownRight": -y}
@@ -891,71 +555,46 @@ def sample_expression(rng: np.random.Generator) -> dict:
     c["mouthClose"] = min(c["mouthClose"], c["jawOpen"])  # ARKit: closes the lips over an open jaw
     return {name: round(min(max(0.0, value), 1.0), 3) for name, value in c.items()}
 
+def make_demo(folder: Path, args: argparse.Namespace) -> None:
+    """Draws the demo, 20 faces a person: train.jsonl, val.jsonl of one person in twelve, who is not
+    in training, and shift.jsonl with the faces of val.jsonl in another drawing style."""
+    records = [{"identity": f"id{args.seed * 10_000 + index // 20:03d}",  # fixes the looks
+                "coefficients": sample_expression(np.random.default_rng([args.seed, index]))}
+               for index in range(args.demo)]
+    held_out = max(1, args.demo // 20 // 12) * 20
+    drawn = draw_all(records, folder / "images")
+    shift = draw_all(records[-held_out:], folder / "images_comic", "comic")
+    for name, part in (("train", drawn[:-held_out]), ("val", drawn[-held_out:]), ("shift", shift)):
+        write_records(folder / f"{name}.jsonl", part, args)
+    print("next: python distill.py" + (f" --data {folder / 'train.jsonl'}" if args.out else ""))
 
-def make_demo(folder: Path, count: int, seed: int) -> list[Path]:
-    """Draws `count` faces, 20 to a person. Returns train.jsonl, val.jsonl and shift.jsonl.
-
-    Validation shares no person with training, and shift.jsonl has its faces again, in another drawing style.
-    """
-    records = []
-    for index in range(count):
-        identity = f"id{seed * 10_000 + index // 20:03d}"  # fixes the looks: another seed draws other people
-        coefficients = sample_expression(np.random.default_rng([seed, index]))
-        records.append({"image": None, "identity": identity, "coefficients": coefficients})
-    held_out = max(1, count // 20 // 12) * 20  # one person in twelve
-    drawn = draw_all(records, folder)
-    parts = {"train": drawn[:-held_out], "val": drawn[-held_out:],
-             "shift": draw_all(records[-held_out:], folder, "comic")}
-    for name, part in parts.items():
-        write_records(folder / f"{name}.jsonl", part)
-    return [folder / f"{name}.jsonl" for name in parts]
-
-
+# ---- The stage itself ----------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> None:
     """Draws the demo, or describes the records of every INPUT."""
-    if args.limit is not None and args.limit < 1 or args.demo < 240:
-        raise SystemExit(f"--limit {args.limit}, --demo {args.demo}: expected --limit of at least 1 "
-                         "and --demo of at least 240 (12 people of 20 faces)")
-    if args.frames and not (len(args.inputs) == 1 and Path(args.frames).is_dir()):
-        raise SystemExit(f"--frames {args.frames} with {args.inputs or 'no INPUT'}: "
-                         "expected an existing folder and one INPUT")
-    if args.every < 1 or args.batch_size < 1:
-        raise SystemExit(f"--every {args.every}, --batch-size {args.batch_size}: expected 1 or more")
+    if min(args.every, args.batch_size, args.limit or 1) < 1 or args.demo < 240:
+        raise SystemExit(f"--every {args.every}, --batch-size {args.batch_size}, --limit "
+                         f"{args.limit}: at least 1; --demo {args.demo}: at least 240")
     if not args.inputs:
-        count = max(240, min(args.limit or args.demo, args.demo))
-        train, val, shift = make_demo(Path(args.out or "data/demo"), count, args.seed)
-        print(f"wrote {train}\nwrote {val}\nwrote {shift}")
-        print("next: python distill.py" + (f" --data {train} --val {val}" if args.out else ""))
-        return
-    counts, pictures = Counter(), None
-    if args.frames:
-        files = sorted(Path(args.frames).absolute().iterdir())
-        pictures = [str(file) for file in files if file.suffix.lower() in Image.registered_extensions()]
-    inputs = [read_input(Path(name), pictures, args.every, counts) for name in args.inputs]
-    records = islice(chain.from_iterable(inputs), args.limit)  # read while they are described and written
-    first = next(records, None)
-    if first is None:
-        raise SystemExit(f"{', '.join(args.inputs)}: no usable record ({dict(counts)}); expected {FORMS}")
+        args.demo = max(240, min(args.demo, args.limit or args.demo))
+        return make_demo(Path(args.out or "data/demo"), args)
+    counts = Counter()
+    parts = (read_records(Path(name), args, counts) for name in args.inputs)
+    records = list(islice(chain.from_iterable(parts), args.limit))
+    if not records:
+        raise SystemExit(f"{', '.join(args.inputs):.200}: no usable record {dict(counts)}")
     ending = ".avatars" if args.render else ".annotated.jsonl"
     out = Path(args.out or Path(args.inputs[0]).with_suffix(ending))
-    records = chain([first], records)
-    if args.render:
-        records = draw_all(list(records), out)
-        out = out / "records.jsonl"
     if out.absolute() in [Path(name).absolute() for name in args.inputs]:
         raise SystemExit(f"--out {out} is an INPUT and would be overwritten; choose another file")
-    if args.llm:
-        summary = write_llm_records(out, list(records), args)
-    else:
-        summary = write_records(out, records)
-    summary.show(counts)
-    print(f"wrote {out}")
-    if summary.pictures == summary.records:
+    if args.render:
+        records, out = draw_all(records, out / "images"), out / "records.jsonl"
+    write_records(out, records, args)
+    print("".join(f"{count} {what}\n" for what, count in counts.items() if count), end="")
+    if all(record.get("image") for record in records):
         print(f"next: python distill.py --data {out}")
-
 
 if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again, with --llm it goes on where it stopped")
+        raise SystemExit("interrupted; the same command starts again, with --llm it goes on")
