@@ -203,8 +203,8 @@ def read_rig(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     return deltas, lips, unit
 
 def vertex_errors(predicted: np.ndarray, true: np.ndarray, rig: tuple) -> dict:
-    """Errors in mm between the faces that two (N, C) drive: L2 distance, mean over all vertices, and
-    maximum over an image's lips, then the mean (CodeTalker, arXiv 2301.02379)."""
+    """Errors in mm between the faces that two (N, C) drive: L2 distance, mean over vertices, and
+    the largest of an image's lips, then the mean (CodeTalker, arXiv 2301.02379)."""
     deltas, lips, _ = rig
     mean, lip = [], []
     for error in predicted - true:  # (C,)
