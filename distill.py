@@ -462,11 +462,10 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
                 record = json.loads(line)
                 check_coefficients(record["coefficients"])
                 record["image"] = str(path.parent / record["image"])
-                if not Path(record["image"]).is_file():
-                    raise ValueError(f"image {record['image']:.200} is no file")
+                Image.open(record["image"]).close()  # raises OSError if it is missing or no picture
                 if "analysis" in PARTS[supervision]:
                     "".join(record["description"][field] for field in FIELDS)  # all are texts
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise SystemExit(f"{path}, line {number}: {type(error).__name__} {error}; expected "
                                  "a record with image, coefficients and description")
             records.append(record)

@@ -88,7 +88,7 @@ def test_readme_commands_parse_and_its_code_map_is_true():
     commands = re.findall(r"^ *(?:python|torchrun[-a-z0-9 ]*) (\w+)\.py(.*)$", "\n".join(blocks), re.M)
     assert {name for name, _ in commands} == set(SCRIPTS)
     for name, rest in commands:
-        globals()[name].parse_args(shlex.split(rest.split("&&")[0].replace("$seed", "0"), comments=True))
+        globals()[name].parse_args(shlex.split(rest.split("&&")[0].replace("$seed", "0").replace("$words", "numeric"), comments=True))
     pieces = re.findall(r"`(annotate|distill|infer|evaluate)\.(\w+)`", readme)
     assert len(pieces) >= 12 and all(hasattr(globals()[script], piece) for script, piece in pieces)
 
@@ -747,7 +747,7 @@ def test_adapter_equals_the_trained_model_and_refuses_strangers(demo, tmp_path):
 
 def test_two_processes_train_as_one(demo, tmp_path):
     folder = make_qwen(tmp_path / "hub", "qwen3_vl")
-    flags = ["--model", folder, "--data", demo / "train.jsonl", "--limit", 6, "--steps", 3, "--lr", 0.01,
+    flags = ["--model", folder, "--data", demo / "train.jsonl", "--limit", 6, "--steps", 3, "--lr", 0.03,
              "--expectation-weight", 5, "--save-every", 1]
     run_main(distill, *flags, "--batch-size", 2, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
