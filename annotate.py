@@ -54,8 +54,7 @@ LOOP = re.compile(r"(.{3,40}?)\1\1")  # a text that says the same three times: "
 # A movement is named from ACTIVE on, with the adverb of the first band that ends above its value.
 ACTIVE = 0.15
 BANDS = [(0.4, "slightly"), (0.7, "moderately"), (math.inf, "strongly")]
-# What is said of each action, by region; an adverb takes the place of *. "name_" is nameLeft and
-# nameRight, each with this noun. Gaze pairs the actions that turn both eyes the same way.
+# What is said of each action, with an adverb for *. "name_" is nameLeft and nameRight.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp_": "outer brow * raised",
               "browDown_": "brow * lowered"},
@@ -253,7 +252,8 @@ def canonical(name: str) -> str:
 
 def check_coefficients(given: dict, counts: Counter) -> dict:
     """The 52 in order, clipped to 0..1 (real takes reach 1.053). Raises ValueError on others."""
-    given = {canonical(name): value for name, value in given.items()}
+    if list(given) != ARKIT_NAMES:
+        given = {canonical(name): value for name, value in given.items()}
     if "tongueOut" not in given:  # MediaPipe and others cannot see it
         given["tongueOut"] = 0.0
         counts["records without tongueOut, set to 0"] += 1
