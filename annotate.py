@@ -263,7 +263,7 @@ def check_coefficients(given: dict, counts: Counter) -> dict:
     for name, value in given.items():
         if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # True and NaN are neither
             raise ValueError(f"{name} is {value!r:.40}, not 0 to 1 (divide percentages by 100)")
-        counts["clipped values"] += not 0 <= value <= 1
+    counts["clipped values"] += len([x for x in given.values() if not 0 <= x <= 1])
     return {name: min(max(0.0, given[name]), 1.0) for name in ARKIT_NAMES}
 
 def rows_of_jsonl(path: Path) -> Iterator[dict]:

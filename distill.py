@@ -119,6 +119,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 #   {"analysis": {"expression_category": "slight happiness", ..., "symmetry": "symmetric"},
 #   "arkit": {"eyeBlinkLeft": 0.1, "eyeLookDownLeft": 0.0, ..., "tongueOut": 0.0}}<|im_end|>
 
+# The next three functions stand in infer.py too, check_coefficients in evaluate.py, word for word.
 def prompt_text(prompt: str, image_tokens: int) -> str:
     """The Qwen-VL chat up to the answer, with the image's placeholder tokens written by hand."""
     image = "<|vision_start|>" + "<|image_pad|>" * image_tokens + "<|vision_end|>"

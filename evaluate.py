@@ -214,6 +214,7 @@ def vertex_errors(predicted: np.ndarray, true: np.ndarray, rig: tuple) -> dict:
     return {"vertex_mm": np.mean(mean).item(), "lip_mm": np.mean(lip).item()}
 
 # ---- Reading -------------------------------------------------------------------------------------
+# check_coefficients stands word for word in distill.py: scripts share no code.
 def check_coefficients(coefficients: dict) -> None:
     """Raises ValueError unless there are the 52 ARKit names, each with a number from 0 to 1."""
     different = sorted(set(coefficients) ^ set(ARKIT_NAMES), key=str)
@@ -343,6 +344,8 @@ def draw_plot(results: dict, predicted: np.ndarray, true: np.ndarray) -> Image.I
 def main(args: argparse.Namespace) -> None:
     """Runs the stage."""
     *files, truth_file = args.files + ["predictions.jsonl", "data/demo/val.jsonl"][len(args.files):]
+    if args.plot and Path(args.plot).suffix.lower() != ".png":
+        raise SystemExit(f"--plot {args.plot}: expected a file that ends in .png")
     rig = read_rig(Path(args.rig)) if args.rig else None
     runs = {file: read_records(Path(file), allow_errors=True) for file in files}
     truth = read_records(Path(truth_file))
@@ -405,6 +408,8 @@ def main(args: argparse.Namespace) -> None:
                                       **metrics(first[values == value], true[values == value])}
                          for value in np.unique(values)}
     print_report(results)
+    for path in filter(None, (args.out, args.plot)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         draw_plot(results, first, true).save(args.plot)

@@ -130,7 +130,7 @@ def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int) -> l
     for _ in range(MAX_TEXT_TOKENS):
         hidden = answers.feed(ids, is_open.expand_as(ids))[:, -1:]  # (B, 1, D)
         ids = answers.network.lm_head(hidden).argmax(dim=-1)  # (B, 1)
-        is_open = is_open * (ids != closing_id)
+        is_open = is_open & (ids != closing_id)
         if not is_open.any():
             return texts
         for text, token, goes_on in zip(texts, ids[:, 0].tolist(), is_open[:, 0].tolist()):
@@ -313,6 +313,7 @@ def merge_adapter(network, config: dict, updates: dict) -> None:
             weight.copy_((weight.float() + scale * high @ low).to(weight.dtype))
 
 # ---- Pictures -> predictions ---------------------------------------------------------------------
+# open_image, prompt_text and answer_skeleton stand word for word in distill.py.
 def open_image(path: str) -> Image.Image:
     """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
     image = ImageOps.exif_transpose(Image.open(path))
@@ -481,6 +482,8 @@ def write_predictions(args: argparse.Namespace, rank: int, world_size: int) -> l
     parts = [out.with_name(f"{out.name}.{k}of{world_size}") for k in range(world_size)]
     settings = {name: str(getattr(args, name))
                 for name in ("model", "prompt", "decode", "estimate", "numeric", "dtype")}
+    run_file = Path(args.model, "run.json")  # a model that was trained anew is another model
+    settings["trained"] = str(run_file.is_file() and run_file.stat().st_mtime)
     finished = read_finished(parts[rank], settings)
     share = list(zip(names, images))[rank::world_size]
     todo = [(name, image) for name, image in share if name not in finished]

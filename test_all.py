@@ -863,6 +863,11 @@ def test_interrupted_inference_goes_on(trained, demo, tmp_path, monkeypatch):
         file.write('{"image": "torn é'.encode()[:-1])  # within a character
     run_main(infer, *flags, "--out", tmp_path / "parts.jsonl")
     assert len(calls) == 4  # only the last batch was decoded again
+    settings = {"trained": "then"}
+    part.write_text(json.dumps(settings) + '\n{"image": "a.png"}\n')
+    assert list(infer.read_finished(part, settings)) == ["a.png"]
+    assert infer.read_finished(part, {"trained": "now"}) == {}  # of a model that was trained anew
+    part.unlink()
     assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "parts.jsonl").read_text() and not part.exists()
 
 # ---- evaluate.py -----------------------------------------------------------------------------------
@@ -975,6 +980,9 @@ def test_evaluate_compares_with_baselines_and_refuses_mismatches(demo, tmp_path,
     mean = as_array(read_jsonl(demo / "train.jsonl")).mean(axis=0)
     assert results["baselines"]["training mean"]["rmse"] == pytest.approx(np.sqrt(((true - mean) ** 2).mean()))
     assert "1 without prediction" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="ends in .png"):
+        run_main(evaluate, path, demo / "val.jsonl", "--plot", tmp_path / "m.txt")
+    run_main(evaluate, path, demo / "val.jsonl", "--out", tmp_path / "new" / "folder" / "m.json")
     cases = ((perfect[1:], "1 pictures have no prediction"), (perfect + perfect[:1], "second record"),
              (perfect + [{**perfect[1], "image": "x.png"}], "1 predictions have no truth"))
     for change, message in cases:
