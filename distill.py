@@ -64,11 +64,9 @@ PARTS = {"semantic": ("analysis", "arkit"), "numeric": ("arkit",),
 PROMPT = "Describe the facial muscle movements, then give the 52 ARKit coefficients as JSON."
 IGNORE_INDEX = -100  # the label of a token that is not supervised
 SKELETON, TEXT, NUMBER = 0, 1, 2  # token types
-# Flags that are not given take the values for the tiny model or those for a pretrained one.
-TINY = {"steps": 3000, "lr": 1e-3, "expectation_weight": 25.0, "grounding": True,
-        "max_pixels": 64 * 64, "lora_rank": 0}
-PRETRAINED = {"steps": 2000, "lr": 1e-4, "expectation_weight": 0.0, "grounding": False,
-              "max_pixels": 512 * 512, "lora_rank": 16}
+# What flags that are not given stand for, with the tiny model and with a pretrained one.
+DEFAULTS = {"steps": (2600, 2000), "lr": (1e-3, 1e-4), "expectation_weight": (25.0, 0.0),
+            "grounding": (True, False), "max_pixels": (64 * 64, 512 * 512), "lora_rank": (0, 16)}
 WARMUP_STEPS, LOG_STEPS = 30, 100  # of the learning rate; between two lines of the log
 VAL_RECORDS = 128  # for the validation loss, which only watches over the run: evaluate.py measures
 VAL_SHARE = 0.05  # of the records, held out where no validation file is given
@@ -80,28 +78,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-
-    def by_model(name: str) -> str:
-        return f"(default: {TINY[name]} for tiny, {PRETRAINED[name]} for a pretrained model)"
+    by_model = {name: f"(default: {tiny} for tiny, {pretrained} for a pretrained model)"
+                for name, (tiny, pretrained) in DEFAULTS.items()}
     add("--data", default="data/demo/train.jsonl", help="annotated records (default %(default)s)")
     add("--val", help="validation records (default: val.jsonl beside --data, or some identities)")
     add("--model", default="tiny", help="tiny, or a Qwen-VL's hub id or folder (default tiny)")
     add("--out", default="runs/demo", help="run folder (default %(default)s)")
     add("--supervision", choices=list(PARTS), default="semantic",
         help="description then numbers, numbers only, or numbers first (default %(default)s)")
-    add("--steps", type=int, help=f"optimizer steps {by_model('steps')}")
+    add("--steps", type=int, help=f"optimizer steps {by_model['steps']}")
     add("--epochs", type=float, help="passes over the records, instead of --steps")
     add("--expectation-weight", type=float, help="of the squared error of each coefficient's "
-        f"expected value, beside cross-entropy {by_model('expectation_weight')}")
+        f"expected value, beside cross-entropy {by_model['expectation_weight']}")
     add("--batch-size", type=int, default=8, help="images per pass and GPU (default %(default)s)")
     add("--grad-accum", type=int, default=1, help="passes per optimizer step (default %(default)s)")
-    add("--lr", type=float, help=f"peak learning rate {by_model('lr')}")
-    add("--lora-rank", type=int, help=f"of the updates; 0: all weights {by_model('lora_rank')}")
+    add("--lr", type=float, help=f"peak learning rate {by_model['lr']}")
+    add("--lora-rank", type=int, help=f"of the updates; 0: all weights {by_model['lora_rank']}")
     add("--lora-alpha", type=float, default=32.0, help="weight: alpha / rank (default %(default)s)")
     add("--checkpointing", action=switch, default=True, help="with LoRA: less memory, slower")
     add("--grounding", action=switch,
-        help=f"hide and guess words, which teaches to look {by_model('grounding')}")
-    add("--max-pixels", type=int, help=f"larger pictures are shrunk {by_model('max_pixels')}")
+        help=f"hide and sample words, which teaches to look {by_model['grounding']}")
+    add("--max-pixels", type=int, help=f"larger pictures are shrunk {by_model['max_pixels']}")
     add("--save-every", type=int, default=500, help="steps between saves (default %(default)s)")
     add("--resume", action=switch, default=False, help="go on with the unfinished run in --out")
     add("--limit", type=int, help="first records only; one pass unless --steps or --epochs")
@@ -156,6 +153,7 @@ class FaceDataset(Dataset):
         token_side = image_processor.patch_size * image_processor.merge_size  # pixels
         self.size = {"shortest_edge": token_side ** 2, "longest_edge": max_pixels}  # pixel counts
         self.skeleton = [(self.encode(text), slot) for text, slot in answer_skeleton(supervision)]
+        self.value_ids = {value: self.encode(value) for value in VALUES}
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -168,7 +166,7 @@ class FaceDataset(Dataset):
                 text = json.dumps(record["description"][slot], ensure_ascii=False)[1:-1]
                 slot_ids, slot_type = self.encode(text), TEXT
             elif slot in ARKIT_NAMES:
-                slot_ids, slot_type = self.encode(f"{record['coefficients'][slot]:.1f}"), NUMBER
+                slot_ids, slot_type = self.value_ids[f"{record['coefficients'][slot]:.1f}"], NUMBER
             else:
                 slot_ids, slot_type = [self.tokenizer.eos_token_id], SKELETON
             ids += skeleton_ids + slot_ids
@@ -189,8 +187,7 @@ class FaceDataset(Dataset):
         prompt_ids = self.encode(prompt_text(PROMPT, image_tokens))
         answer_ids, answer_types = self.encode_answer(record)
         return {
-            "pixel_values": pixels["pixel_values"],  # (P, .)
-            "image_grid_thw": pixels["image_grid_thw"],  # (1, 3)
+            **pixels,  # pixel_values (P, .) and image_grid_thw (1, 3)
             "coefficients": torch.tensor([[record["coefficients"][name] for name in ARKIT_NAMES]]),
             "input_ids": torch.tensor(prompt_ids + answer_ids),
             "labels": torch.tensor([IGNORE_INDEX] * len(prompt_ids) + answer_ids),
@@ -234,8 +231,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, checkpointing: bool) -> 
             if isinstance(module, nn.Linear):
                 setattr(parent, name, LoraLinear(module, rank, alpha))
     if checkpointing:
-        # Only what enters a layer is kept for the backward pass. The other, re-entrant form of
-        # checkpointing would find no input that requires a gradient and train nothing.
+        # The re-entrant form would find no input that requires a gradient and train nothing.
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 # ---- Loss and loop -------------------------------------------------------------------------------
@@ -308,6 +304,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDatas
                               num_workers=WORKERS))
     trained = [p for p in model.parameters() if p.requires_grad]
     option_ids = list(dict.fromkeys(dataset.encode(value)[-1] for value in VALUES))
+    pad_id = dataset.tokenizer.pad_token_id
     numbers = args.batch_size * args.grad_accum * args.world_size * len(ARKIT_NAMES)
     autocast = torch.autocast(args.device.partition(":")[0], torch.bfloat16,
                               enabled=args.dtype == "bfloat16")
@@ -331,12 +328,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDatas
         # Forward and backward. All divide by the counts of all processes: gradients simply add up.
         loss = torch.zeros(1, device=args.device)
         for k, batch in enumerate(step_batches):
+            tokens += int((batch["input_ids"] != pad_id).sum()) * args.world_size
             batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
             with autocast:
                 if args.grounding:  # for the tiny model, see its section
-                    batch = hide_and_guess(model, batch, dataset.tokenizer.pad_token_id, args,
-                                           step * args.grad_accum + k)
-                nats, squared = answer_loss(model, batch, option_ids)
+                    nats, squared = grounded_loss(model, batch, option_ids, pad_id, args,
+                                                  step * args.grad_accum + k)
+                else:
+                    nats, squared = answer_loss(model, batch, option_ids)
                 part = nats / supervised + args.expectation_weight * squared / numbers
             part.backward()
             loss += part.detach()
@@ -356,8 +355,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDatas
         # The log and, from time to time, the state that --resume goes on from.
         losses.append(loss.item())
         samples += args.batch_size * args.grad_accum * args.world_size
-        tokens += sum(int((batch["input_ids"] != dataset.tokenizer.pad_token_id).sum())
-                      for batch in step_batches) * args.world_size
         bar.update()
         done, stopping = step + 1, stop.item() > 0
         saving = done % args.save_every == 0 or done == args.steps or stopping
@@ -529,23 +526,21 @@ def complete(args: argparse.Namespace) -> None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     if args.limit and args.steps is None:
         args.epochs = args.epochs or 1.0
-    for name, value in (TINY if args.model == "tiny" else PRETRAINED).items():
+    for name, (tiny, pretrained) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, tiny if args.model == "tiny" else pretrained)
     for name, value in vars(args).items():
         least = 0 if name in ("lora_rank", "expectation_weight", "seed", "rank") else 1e-12
         if type(value) in (int, float) and value < least:
             raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a larger number")
     if Path(args.out, "run.json").is_file():
-        raise SystemExit(f"--out {args.out} holds a finished run; use it (infer.py --model "
-                         f"{args.out}), delete it, or choose another folder")
+        raise SystemExit(f"--out {args.out} holds a finished run; delete it or name another folder")
     if Path(args.out, "state.pt").is_file() and not args.resume:
-        raise SystemExit(f"--out {args.out} holds an unfinished run; add --resume, delete it, or "
-                         "choose another folder")
+        raise SystemExit(f"--out {args.out} holds an unfinished run; add --resume or delete it")
 
 # ---- The demo's tiny model: skip this with a real one --------------------------------------------
-HIDDEN = {TEXT: (0.3, 0.1), NUMBER: (1.0, 0.1)}  # share of tokens hidden, first and last step
-GUESSED = 0.75  # share of descriptions that are guessed; RMSE is 0.16 with none, 0.09 with these
+HIDDEN = [(0.0, 0.0), (0.3, 0.1), (1.0, 0.1)]  # share at the first and last step, by token type
+TEMPERATURE = 2.0  # of sampled words, which then err like those at inference
 SPECIAL = ["vision_start", "vision_end", "image_pad", "video_pad"]  # Qwen-VL's tokens
 SEED_STRIDE = 1009  # keeps the random numbers of seeds 0, 1, 2, ... apart
 
@@ -561,12 +556,10 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     vocabulary += [word for word, _ in words.most_common(2000) if len(word) > 1]
     ids = {word: index for index, word in enumerate(vocabulary)}
     bpe = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
-    bpe.pre_tokenizer = split
-    bpe.decoder = decoders.ByteLevel()
-    special = [f"<|{name}|>" for name in ("im_start", *SPECIAL)]
+    bpe.pre_tokenizer, bpe.decoder = split, decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=special)
+        additional_special_tokens=[f"<|{name}|>" for name in ("im_start", *SPECIAL)])
     phrases = Counter(phrase for text in texts for phrase in re.findall(r"[,.]?[^,.:]+:?", text))
     pieces = [phrase for phrase, count in phrases.most_common(1000) if count >= 20]
     pieces += [PROMPT, "user\n", "assistant\n"] + VALUES
@@ -614,38 +607,44 @@ def whiten_patches(model: nn.Module, patches: torch.Tensor) -> None:
     projection.bias.copy_(-whitening @ mean)
     image_tower.pos_embed.weight.mul_(12)
 
-@torch.no_grad()
-def hide_and_guess(model: nn.Module, batch: dict, pad_id: int, args: argparse.Namespace,
-                   forward: int) -> dict:
-    """The batch of a forward pass with words hidden or guessed, so that the model learns to look.
+def grounded_loss(model: nn.Module, batch: dict, option_ids: list[int], pad_id: int,
+                  args: argparse.Namespace, forward: int) -> tuple:
+    """The loss of a forward pass in which words are hidden or sampled, to make the model look.
 
     Word dropout (Bowman et al. 2016, Sec. 3.1): while all numbers are hidden, the picture is their
-    only source. Scheduled sampling (arXiv 1906.04331): numbers behind a description lean on its
-    words, which at inference are the model's own. So in a share of the answers every word is what
-    the model says there, and only the numbers are trained.
+    only source. Scheduled sampling (arXiv 1906.04331): numbers lean on the words before them, which
+    at inference are the model's own. So words are trained behind true words, and the numbers, in a
+    pass of their own, behind words that the model itself says in those places.
     """
     rng = torch.Generator().manual_seed(
         args.seed + SEED_STRIDE * (forward * args.world_size + args.rank))
     progress, types = forward / (args.steps * args.grad_accum), batch["token_types"]
-    rates = torch.zeros(3)
-    for token_type, (first, last) in HIDDEN.items():
-        rates[token_type] = first + (last - first) * progress
+    rates = torch.tensor([first + (last - first) * progress for first, last in HIDDEN])
     hidden = torch.rand(types.shape, generator=rng).to(types.device) < rates.to(types.device)[types]
     input_ids = batch["input_ids"].masked_fill(hidden, pad_id)
-    stop = round(GUESSED * len(types))  # the first answers: the order of a batch is random
-    is_text = types[:stop, 1:] == TEXT  # (stop, T-1)
-    if args.supervision != "semantic" or not is_text.any():
-        return {**batch, "input_ids": input_ids}
-    grid, labels = batch["image_grid_thw"][:stop], batch["labels"].clone()
-    part = {"input_ids": input_ids[:stop], "image_grid_thw": grid,
-            "mm_token_type_ids": batch["mm_token_type_ids"][:stop],
-            "pixel_values": batch["pixel_values"][:int(grid.prod(dim=1).sum())]}
-    scores = model.lm_head(hidden_states(model, part)[:, :-1][is_text]).float()  # (words, V)
-    scores[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
-    words = torch.multinomial(scores.softmax(dim=-1).cpu(), 1, generator=rng)[:, 0]
-    input_ids[:stop, 1:][is_text] = words.to(types.device)
-    labels[:stop].masked_fill_(types[:stop] != NUMBER, IGNORE_INDEX)
-    return {**batch, "input_ids": input_ids, "labels": labels}
+    if args.supervision != "semantic":
+        return answer_loss(model, {**batch, "input_ids": input_ids}, option_ids)
+
+    # The words behind the true words. What comes later is left out.
+    is_before = (types == NUMBER).cumsum(dim=1) == 0  # (B, T): before the first number
+    n = int(is_before.sum(dim=1).max())  # in the longest answer
+    part = {**batch, "input_ids": input_ids[:, :n],
+            "mm_token_type_ids": batch["mm_token_type_ids"][:, :n]}
+    states = hidden_states(model, part)[:, :-1]  # (B, n-1, D)
+    labels = batch["labels"].masked_fill(~is_before, IGNORE_INDEX)[:, 1:n]
+    supervised = labels != IGNORE_INDEX
+    word_nats = cross_entropy(model, states[supervised], labels[supervised])
+
+    # The numbers behind sampled words, through which no gradient flows.
+    is_word = types[:, 1:n] == TEXT
+    logits = model.lm_head(states[is_word]).detach().float() / TEMPERATURE  # (words, V)
+    logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
+    words = torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=rng)[:, 0]
+    drawn = input_ids.clone()
+    drawn[:, 1:n][is_word] = words.to(types.device)
+    labels = batch["labels"].masked_fill(is_before, IGNORE_INDEX)
+    nats, squared = answer_loss(model, {**batch, "input_ids": drawn, "labels": labels}, option_ids)
+    return word_nats + nats, squared
 
 # ---- The stage itself ----------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> None:

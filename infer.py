@@ -121,6 +121,11 @@ class Answers:
             input_ids=ids, attention_mask=self.mask, position_ids=positions.expand(3, -1, -1),
             past_key_values=self.cache, use_cache=True).last_hidden_state
 
+    def drop(self, count: int) -> None:
+        """Takes back the last tokens."""
+        self.cache.crop(-count)
+        self.mask = self.mask[:, :-count]
+
 def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int) -> list[list[int]]:
     """Feeds a piece of skeleton, then decodes greedily until every answer chose the closing token.
     Returns the token ids of each text. In the cache, shorter ones are padded and masked."""
@@ -144,8 +149,8 @@ def decode_numbers(answers: Answers, pieces: list[tuple], value_ids: torch.Tenso
 
     All numbers are guessed, fed at once, and replaced by what the model chooses in their places.
     The first wrong one, and all before it, are now greedy, what follows is guessed better in the
-    next pass. A pass that changes nothing has found the greedy answer. `pieces` are (token ids,
-    slot) of the skeleton. Returns distributions (B, C, 11) and the greedy choice (B, C).
+    next pass, which starts there. When nothing changes, the numbers are the greedy answer. `pieces`
+    are (token ids, slot) of the skeleton. Returns distributions (B, C, 11) and choices (B, C).
     """
     block, columns = [], []
     for skeleton_ids, slot in pieces:
@@ -156,15 +161,19 @@ def decode_numbers(answers: Answers, pieces: list[tuple], value_ids: torch.Tenso
     columns = torch.tensor(columns, device=value_ids.device)  # (C, L): where the numbers stand
     tokens = torch.tensor(block, device=value_ids.device).repeat(len(answers.mask), 1)  # (B, n)
     guess = torch.zeros(len(tokens), len(columns), dtype=torch.long, device=value_ids.device)
+    start, hidden = 0, None
     while True:
-        hidden = answers.feed(tokens, torch.ones_like(tokens))[:, columns - 1]  # (B, C, L, D)
-        probabilities, choice = read_numbers(answers.network.lm_head.weight, hidden, value_ids)
-        if torch.equal(choice, guess):
+        fed = answers.feed(tokens[:, start:], torch.ones_like(tokens[:, start:]))
+        hidden = torch.cat([hidden[:, :start], fed], dim=1) if start else fed  # (B, n, D)
+        probabilities, choice = read_numbers(
+            answers.network.lm_head.weight, hidden[:, columns - 1], value_ids)
+        changed = (choice != guess).any(dim=0).nonzero()[:, 0]  # slots
+        if not len(changed):
             return probabilities, choice
         guess = choice
         tokens[:, columns] = value_ids[choice]  # (B, C, L)
-        answers.cache.crop(-len(block))
-        answers.mask = answers.mask[:, :-len(block)]
+        start = int(columns[changed[0], 0])
+        answers.drop(len(block) - start)
 
 def read_numbers(weight: torch.Tensor, hidden: torch.Tensor, value_ids: torch.Tensor) -> tuple:
     """Distributions (B, C, 11) and greedy choice (B, C) from lm_head's matrix and the hidden states
