@@ -78,9 +78,9 @@ MOVEMENTS = {
             "jawLeft": "jaw * shifted left", "jawRight": "jaw * shifted right"},
     "Tongue": {"tongueOut": "tongue * put out"},
 }
-# What an emotion implies, and its EMFACS action units (Friesen & Ekman 1983) as ARKit actions: 1, 2
-# browInnerUp, browOuterUp, 4 browDown, 5 eyeWide, 6, 7 cheekSquint, eyeSquint, 9 noseSneer, 10, 12
-# mouthUpperUp, mouthSmile, 14, 15 mouthDimple, mouthFrown, 20, 23 mouthStretch, mouthPress, 26 jaw.
+# What emotions imply, and their EMFACS action units (Friesen & Ekman 1983) in ARKit: 1 browInnerUp,
+# 2 browOuterUp, 4 browDown, 5 eyeWide, 6 cheekSquint, 7 eyeSquint, 9 noseSneer, 10 mouthUpperUp, 12
+# mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen.
 EMOTIONS = {
     "happiness": ("joy or amusement", {"cheekSquint_": 0.6, "mouthSmile_": 1.0}),
     "sadness": ("sorrow or disappointment",
@@ -110,7 +110,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--llm", help="let this chat model (hub id or folder) describe instead of the rules")
     add("--batch-size", type=int, default=16, help="faces at a time, --llm (default %(default)s)")
     add("--device", default="auto", help="for --llm: cpu, cuda, or auto (default %(default)s)")
-    add("--limit", type=int, help="use the first LIMIT records only")
+    add("--limit", type=int, help="use the first LIMIT records only (demo: at least 240)")
     add("--seed", type=int, default=0, help="of the demo's people, of --llm (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -318,9 +318,9 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Itera
             yield {"image": image and os.path.abspath(path.parent / image), **row}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError,
             csv.Error) as error:
-        raise SystemExit(f"{path}, record {number}: {type(error).__name__} {str(error):.300}; "
-                         "expected 52 ARKit coefficients each, in records (.jsonl), a Live Link "
-                         "Face take (.csv) or MediaPipe's results (.json)")
+        raise SystemExit(f"{path}, at or after record {number}: {type(error).__name__} "
+                         f"{str(error):.300}; expected 52 ARKit coefficients each, in records "
+                         "(.jsonl), a Live Link Face take (.csv) or MediaPipe's results (.json)")
 
 def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
     """Describes records and writes them as they come, under another name until all are done."""
@@ -537,7 +537,7 @@ def sample_expression(rng: np.random.Generator) -> dict:
         c[name] = max(c[name], rng.uniform(0.2, 1.0))
     tilt = rng.normal(0, 0.15)
     for name in ARKIT_NAMES:
-        side = {"Left": 1, "ight": -1}.get(name[-4:], 0)  # of the face
+        side = {"Left": 1, "ight": -1}.get(name[-4:], 0)  # +1 for ...Left, -1 for ...Right
         c[name] *= 1 + tilt * side + rng.normal(0, 0.08)
     # The two eyes turn together, x > 0 to the subject's left; a closed eye shows none of this.
     x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
@@ -561,7 +561,7 @@ def make_demo(folder: Path, args: argparse.Namespace) -> None:
     records = [{"identity": f"id{args.seed * 10_000 + index // 20:03d}",  # fixes the looks
                 "coefficients": sample_expression(np.random.default_rng([args.seed, index]))}
                for index in range(args.demo)]
-    held_out = max(1, args.demo // 20 // 12) * 20
+    held_out = max(1, args.demo // 20 // 12) * 20 + args.demo % 20
     drawn = draw_all(records, folder / "images")
     shift = draw_all(records[-held_out:], folder / "images_comic", "comic")
     for name, part in (("train", drawn[:-held_out]), ("val", drawn[-held_out:]), ("shift", shift)):
@@ -590,7 +590,7 @@ def main(args: argparse.Namespace) -> None:
         records, out = draw_all(records, out / "images"), out / "records.jsonl"
     write_records(out, records, args)
     print("".join(f"{count} {what}\n" for what, count in counts.items() if count), end="")
-    if all(record.get("image") for record in records):
+    if not args.render and all(record.get("image") for record in records):
         print(f"next: python distill.py --data {out}")
 
 if __name__ == "__main__":

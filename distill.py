@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Stage II of SemanticFace (arXiv 2603.14827), language-prior semantic distillation.
 
-Fine-tunes a Qwen-VL model to look at a face and write what the muscles do, then the 52 ARKit
-coefficients. The method is the first half of this file: the answer, LoRA, the loss and the loop.
-The demo's tiny model stands in a section of its own, with what it needs for lack of pretraining.
+Fine-tunes a Qwen-VL model to write what the muscles of a face do, then its 52 ARKit coefficients.
+The method comes first: the answer, LoRA, loss and loop. The demo's tiny model has its own section.
 
 Reads:  annotated records (.jsonl) of annotate.py, the demo is drawn first if missing
     {"image": "images/000001.png", "identity": "id017", "coefficients": {"eyeBlinkLeft": 0.12, ...},
@@ -93,14 +92,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="images per pass and GPU (default %(default)s)")
     add("--grad-accum", type=int, default=1, help="passes per optimizer step (default %(default)s)")
     add("--lr", type=float, help=f"peak learning rate {by_model['lr']}")
-    add("--lora-rank", type=int, help=f"of the updates; 0: all weights {by_model['lora_rank']}")
+    add("--lora-rank", type=int, help=f"0: all weights, at --lr 1e-5 {by_model['lora_rank']}")
     add("--lora-alpha", type=float, default=32.0, help="weight: alpha / rank (default %(default)s)")
     add("--checkpointing", action=switch, default=True, help="with LoRA: less memory, slower")
     add("--grounding", action=switch,
         help=f"hide and sample words, which teaches to look {by_model['grounding']}")
     add("--max-pixels", type=int, help=f"larger pictures are shrunk {by_model['max_pixels']}")
     add("--save-every", type=int, default=500, help="steps between saves (default %(default)s)")
-    add("--resume", action=switch, default=False, help="go on with the unfinished run in --out")
+    add("--resume", action=switch, default=False, help="go on with --out, by its settings")
     add("--limit", type=int, help="first records only; one pass unless --steps or --epochs")
     add("--seed", type=int, default=0, help="of weights, order, hidden words (default %(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -267,11 +266,11 @@ def squared_error(model: nn.Module, hidden: torch.Tensor, batch: dict,
     last = hidden[is_number].view(*shape, -1, hidden.shape[-1])[:, :, -1]  # (B, C, D)
     scores = F.linear(last, model.lm_head.weight[option_ids]).float()  # (B, C, O)
     values = torch.arange(len(option_ids), device=hidden.device) / 10
-    errors = (scores.softmax(dim=-1) @ values - target) ** 2  # (B, C)
-    supervised = batch["labels"][:, 1:][is_number].view(*shape, -1)[:, :, -1] != IGNORE_INDEX
+    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would be too coarse
+        errors = (scores.softmax(dim=-1) @ values - target) ** 2  # (B, C)
     if len(option_ids) < len(VALUES):
-        supervised &= target < 0.95
-    return (errors * supervised).sum()
+        errors = errors * (target < 0.95)
+    return errors.sum()
 
 def answer_loss(model: nn.Module, batch: dict, option_ids: list[int]) -> tuple:
     """(cross-entropy in nats summed over supervised tokens, squared error summed over numbers)."""
@@ -529,6 +528,8 @@ def complete(args: argparse.Namespace) -> None:
     for name, (tiny, pretrained) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.model == "tiny" else pretrained)
+    if args.model == "tiny" and args.lora_rank > 0:
+        raise SystemExit("--lora-rank needs a pretrained --model; tiny trains all its weights")
     for name, value in vars(args).items():
         least = 0 if name in ("lora_rank", "expectation_weight", "seed", "rank") else 1e-12
         if type(value) in (int, float) and value < least:
@@ -539,9 +540,9 @@ def complete(args: argparse.Namespace) -> None:
         raise SystemExit(f"--out {args.out} holds an unfinished run; add --resume or delete it")
 
 # ---- The demo's tiny model: skip this with a real one --------------------------------------------
-# RMSE of seed 0, 2,400 steps: 0.159 without sampling, 0.098 with no word hidden, 0.094 as it is.
+# RMSE, seed 0, 2,400 steps: 0.159 without sampling, 0.098 with no word hidden, 0.094 with both.
 HIDDEN = [(0.0, 0.0), (0.3, 0.1), (1.0, 0.1)]  # share at the first and last step, by token type
-TEMPERATURE = 1.5  # of sampled words, which then err as at inference: RMSE 0.091, with 1.0 0.094
+TEMPERATURE = 1.5  # of sampled words, to err as at inference: then RMSE 0.091, 0.094 was at 1.0
 SPECIAL = ["vision_start", "vision_end", "image_pad", "video_pad"]  # Qwen-VL's tokens
 SEED_STRIDE = 1009  # keeps the random numbers of seeds 0, 1, 2, ... apart
 
@@ -621,8 +622,8 @@ def grounded_loss(model: nn.Module, batch: dict, option_ids: list[int], pad_id: 
         args.seed + SEED_STRIDE * (forward * args.world_size + args.rank))
     progress, types = forward / (args.steps * args.grad_accum), batch["token_types"]
     rates = torch.tensor([first + (last - first) * progress for first, last in HIDDEN])
-    hidden = torch.rand(types.shape, generator=rng).to(types.device) < rates.to(types.device)[types]
-    input_ids = batch["input_ids"].masked_fill(hidden, pad_id)
+    is_hidden = torch.rand(types.shape, generator=rng) < rates[types.cpu()]
+    input_ids = batch["input_ids"].masked_fill(is_hidden.to(types.device), pad_id)
     if args.supervision != "semantic":
         return answer_loss(model, {**batch, "input_ids": input_ids}, option_ids)
 
@@ -635,7 +636,6 @@ def grounded_loss(model: nn.Module, batch: dict, option_ids: list[int], pad_id: 
     labels = batch["labels"].masked_fill(~is_before, IGNORE_INDEX)[:, 1:n]
     supervised = labels != IGNORE_INDEX
     word_nats = cross_entropy(model, states[supervised], labels[supervised])
-
     # The numbers behind sampled words, through which no gradient flows.
     is_word = types[:, 1:n] == TEXT
     logits = model.lm_head(states[is_word]).detach().float() / TEMPERATURE  # (words, V)

@@ -255,8 +255,8 @@ def print_report(results: dict) -> None:
     columns = {name: column for name, column in COLUMNS.items() if name in first}
 
     def row(label: str, values: dict) -> None:
-        cells = [f"{round(values[name], digits) + 0.0:11.{digits}f}"  # no -0.000
-                 for name, (_, digits) in columns.items() if name in values]
+        cells = [f"{round(values[name], digits) + 0.0:11.{digits}f}" if name in values else " " * 11
+                 for name, (_, digits) in columns.items()]  # + 0.0: no -0.000
         print(f"{label[-24:]:24s}{''.join(cells)}")
 
     print(f"{results['images']} pictures, {results['errors']} without prediction and left out")
@@ -350,7 +350,8 @@ def main(args: argparse.Namespace) -> None:
     runs = {file: read_records(Path(file), allow_errors=True) for file in files}
     truth = read_records(Path(truth_file))
     for file, run in runs.items():
-        missing, extra = sorted(truth.keys() - run.keys()), sorted(run.keys() - truth.keys())
+        predicted = {image for image, record in run.items() if not record.get("error")}
+        missing, extra = sorted(truth.keys() - run.keys()), sorted(predicted - truth.keys())
         if missing or extra:
             raise SystemExit(f"{file}: {len(missing)} pictures have no prediction "
                              f"{str(missing[:2]):.150}, {len(extra)} predictions have no truth "
@@ -385,7 +386,7 @@ def main(args: argparse.Namespace) -> None:
     # What follows is of the first file alone.
     first, records = predicted[files[0]], [runs[files[0]][image] for image in images]
     results["description"] = agreement(records, true_records)
-    if all(record.get("std") is not None for record in records):
+    if all(record.get("std") is not None for record in records) and (true >= ACTIVE).any():
         std = np.stack([record["std"] for record in records])
         results["uncertainty"] = uncertainty(std, first, true)
     baseline = list(baselines.values())[-1]

@@ -111,12 +111,13 @@ class Answers:
     def __init__(self, network, inputs: dict):
         self.network, self.cache, self.mask = network, DynamicCache(), inputs["attention_mask"]
         network.model(**inputs, past_key_values=self.cache, use_cache=True)
-        self.offset = network.model.rope_deltas  # (B, 1): images take fewer positions than tokens
+        self.offset = network.model.rope_deltas  # (B, 1), of that call: images take fewer positions
 
     def feed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Appends tokens (B, n), padding where the mask is 0. Returns hidden states (B, n, D)."""
         self.mask = torch.cat([self.mask, mask], dim=1)  # (B, T)
         positions = (self.mask.cumsum(dim=1) - 1)[:, -ids.shape[1]:] + self.offset  # (B, n)
+        # Text has the same position in time, height and width.
         return self.network.model(
             input_ids=ids, attention_mask=self.mask, position_ids=positions.expand(3, -1, -1),
             past_key_values=self.cache, use_cache=True).last_hidden_state
@@ -127,8 +128,8 @@ class Answers:
         self.mask = self.mask[:, :-count]
 
 def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int) -> list[list[int]]:
-    """Feeds a piece of skeleton, then decodes greedily until every answer chose the closing token.
-    Returns the token ids of each text. In the cache, shorter ones are padded and masked."""
+    """Feeds a piece of skeleton, then decodes greedily until every answer chose the closing token,
+    with which the next piece begins. Returns the token ids of each text, in the cache padded."""
     ids = torch.tensor(skeleton_ids, device=answers.mask.device).repeat(len(answers.mask), 1)
     is_open = torch.ones_like(ids[:, :1])  # (B, 1), 0 where the text has ended
     texts = [[] for _ in ids]
@@ -148,7 +149,7 @@ def decode_numbers(answers: Answers, pieces: list[tuple], value_ids: torch.Tenso
     """Decides the coefficients by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
 
     All numbers are guessed, fed at once, and replaced by what the model chooses in their places.
-    The first wrong one, and all before it, are now greedy, what follows is guessed better in the
+    The first wrong token, and all before it, are now greedy, what follows is guessed better in the
     next pass, which starts there. When nothing changes, the numbers are the greedy answer. `pieces`
     are (token ids, slot) of the skeleton. Returns distributions (B, C, 11) and choices (B, C).
     """
@@ -187,7 +188,7 @@ def read_numbers(weight: torch.Tensor, hidden: torch.Tensor, value_ids: torch.Te
     tenths = (last @ weight[value_ids[:10, -1]].T).float()  # (B, C, 10)
     is_one = whole.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
-    # Behind "1." nothing is known of the tenths behind "0.": they count as 0.9, its neighbour.
+    # Where 1.0 is chosen, the tenths behind "0." are not known: its share counts as 0.9.
     nine = torch.eye(10, device=tenths.device)[9]
     tenths = torch.where(is_one[:, :, None], nine, tenths.softmax(dim=-1))
     whole = whole.softmax(dim=-1)
@@ -290,7 +291,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto",
                       run["prompt"].strip(), run["supervision"], run["max_pixels"])
     except Exception as error:  # a damaged file surfaces as one of a dozen types
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"--model {model_dir} cannot be read ({reason:.300}); copy it again")
+        raise SystemExit(f"--model {model_dir} or its --prompt cannot be read ({reason:.300})")
     if adapter:
         merge_adapter(network, adapter, updates)
     network.to(device)
@@ -408,11 +409,11 @@ def list_images(inputs: list[str]) -> list[Path]:
             images += sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
         elif path.suffix != ".jsonl":
             images.append(path)
-        elif path.is_file():
+        else:
             try:
                 with path.open(encoding="utf-8", errors="replace") as file:
                     images += [path.parent / json.loads(line)["image"] for line in file]
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise SystemExit(f'{path}: {error}; expected lines of {{"image": "a.png", ...}}')
     if not any(image.is_file() for image in images):
         raise SystemExit(f"{', '.join(inputs):.200}: no picture exists there; expected pictures "
@@ -420,7 +421,8 @@ def list_images(inputs: list[str]) -> list[Path]:
     return list(dict.fromkeys(images))
 
 def read_finished(part: Path, settings: dict) -> dict[str, dict]:
-    """The records by image that a run with the same settings (line 1) left in `part`, else none."""
+    """Starts `part` anew with the settings (line 1) and the whole records that a run with the same
+    settings left there. Returns these by image."""
     text = part.read_text(encoding="utf-8", errors="replace") if part.is_file() else ""
     first, *lines = text.split("\n")
     whole = lines[:-1] if first == json.dumps(settings) else []  # the last line may be torn
@@ -450,7 +452,7 @@ def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
     y = 60 + photo.height
     for field, text in (record["description"] or {}).items():
         font, width = (large, 34) if field == FIELDS[0] else (small, 52)
-        text = textwrap.fill(text, width)
+        text = textwrap.fill(str(text), width)
         draw.text((40, y), text, INK, font, spacing=6)
         y = draw.textbbox((40, y), text, font, spacing=6)[3] + 10
     # Left and Right of an action share a row; jawLeft and mouthLeft are no sides. Strongest first.
@@ -508,7 +510,7 @@ def write_predictions(args: argparse.Namespace, rank: int, world_size: int) -> l
             bar.update(len(batch))
     bar.close()
     if world_size > 1:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         torch.distributed.barrier()
     if rank:
         return []
@@ -530,6 +532,8 @@ def main(args: argparse.Namespace) -> None:
     if min(args.batch_size, args.fps, args.limit or 1) < 1:
         raise SystemExit(f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}: "
                          "expected at least 1")
+    if Path(args.out).absolute() in [Path(path).absolute() for path in args.inputs]:
+        raise SystemExit(f"--out {args.out} is an INPUT and would be overwritten; choose another")
     if args.decode == "generate" and (args.numeric or args.estimate != "mean"):
         raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
     logging.disable_progress_bar()

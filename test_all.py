@@ -160,9 +160,9 @@ def test_demo_is_reproducible_splits_by_identity_and_shifts_in_style_only(demo, 
     for file in sorted(demo.rglob("*.*")):
         assert file.read_bytes() == (tmp_path / file.relative_to(demo)).read_bytes()
     train, val, shift = (read_jsonl(demo / f"{name}.jsonl") for name in ("train", "val", "shift"))
-    run_main(annotate, "--demo", 240, "--out", tmp_path / "other", "--seed", 1)
-    other = read_jsonl(tmp_path / "other" / "train.jsonl")
-    people = [{record["identity"] for record in part} for part in (train, val, other)]
+    run_main(annotate, "--demo", 250, "--out", tmp_path / "other", "--seed", 1)  # half a person more
+    others = [read_jsonl(tmp_path / "other" / f"{name}.jsonl") for name in ("train", "val")]
+    people = [{record["identity"] for record in part} for part in (train, val, *others)]
     assert all(people) and len(set.union(*people)) == sum(map(len, people))
     assert [{**record, "image": ""} for record in val] == [{**record, "image": ""} for record in shift]
     pictures = [np.array(Image.open(demo / records[0]["image"]), dtype=float) for records in (val, shift)]
@@ -756,13 +756,13 @@ def test_evaluate_compares_with_baselines_and_refuses_mismatches(demo, tmp_path,
     (tmp_path / "linked").symlink_to(demo)
     perfect = [{**record, "image": f"linked/{record['image']}", "error": None} for record in records]
     perfect[0] |= {"error": "unreadable", "coefficients": None}
-    run_main(evaluate, write_jsonl(path, perfect), demo / "val.jsonl", "--out", tmp_path / "new" / "m.json")
+    unknown = {**perfect[0], "image": "unknown.png"}  # a failed picture needs no truth
+    run_main(evaluate, write_jsonl(path, [*perfect, unknown]), demo / "val.jsonl", "--out", tmp_path / "new" / "m.json")
     results = json.loads((tmp_path / "new" / "m.json").read_text())
     assert results["models"][str(path)]["rmse"] == 0 and results["errors"] == 1
     assert set(results["description"].values()) == {1.0} and len(results["description"]) == 5
-    mean = as_array(read_jsonl(demo / "train.jsonl")).mean(axis=0)
-    expected = ((as_array(records[1:]) - mean) ** 2).mean() ** 0.5
-    assert results["baselines"]["training mean"]["rmse"] == pytest.approx(expected)
+    errors = as_array(records[1:]) - as_array(read_jsonl(demo / "train.jsonl")).mean(axis=0)
+    assert results["baselines"]["training mean"]["rmse"] == pytest.approx((errors ** 2).mean() ** 0.5)
     assert "1 without prediction" in capsys.readouterr().out
     assert_refused("ends in .png", evaluate, path, demo / "val.jsonl", "--plot", tmp_path / "m.txt")
     for change, message in ((perfect[1:], "1 pictures have no prediction"), (perfect + perfect[:1], "second record"),
@@ -785,15 +785,15 @@ def test_bad_records_are_named(change, message, tmp_path):
     assert not (tmp_path / "o.jsonl").exists() and not (tmp_path / "run").exists()
 
 @pytest.mark.parametrize("module, flags, message", [
-    (annotate, ["missing.jsonl"], "missing.jsonl"), (annotate, ["README.md"], "README.md, record"),
+    (annotate, ["missing.jsonl"], "missing.jsonl"), (annotate, ["README.md"], "README.md, at or after record"),
     (annotate, ["--demo", 5], "--demo 5"), (annotate, ["--every", 0], "--every 0"),
     (distill, ["--data", "missing.jsonl", "--out", "new"], "missing.jsonl does not exist"), (distill, ["--lr", 0], "--lr 0"),
     (distill, ["--device", "cuda"], "no GPU"), (distill, ["--resume", "--out", "nowhere"], "--resume"),
     (distill, ["--batch-size", 0], "--batch-size 0"), (distill, ["--lora-rank", -1], "--lora-rank -1"),
     (infer, [".ci"], "no picture exists"), (infer, ["missing.png"], "missing.png"), (infer, ["--device", "cuda"], "no GPU"),
     (infer, ["--batch-size", 0], "--batch-size 0"), (infer, ["README.md", "--model", "nowhere"], "python distill.py"),
-    (evaluate, ["missing.jsonl"], "missing.jsonl does not exist"),
-])
+    (infer, ["README.md", "missing.jsonl"], "missing.jsonl"), (infer, ["a.jsonl", "--out", "a.jsonl"], "is an INPUT"),
+    (distill, ["--lora-rank", 8], "pretrained"), (evaluate, ["missing.jsonl"], "missing.jsonl does not exist")])
 def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
