@@ -67,7 +67,7 @@ SKELETON, TEXT, NUMBER = 0, 1, 2  # token types
 DEFAULTS = {"steps": (3000, 2000), "lr": (1e-3, 1e-4), "expectation_weight": (25.0, 0.0),
             "grounding": (True, False), "max_pixels": (64 * 64, 512 * 512), "lora_rank": (0, 16)}
 WARMUP_STEPS, LOG_STEPS = 30, 100  # of the learning rate; between two lines of the log
-VAL_RECORDS = 128  # for the validation loss, which only watches over the run: evaluate.py measures
+VAL_RECORDS = 64  # for the validation loss, which only watches over the run: evaluate.py measures
 VAL_SHARE = 0.05  # of the records, held out where no validation file is given
 WORKERS = 2  # processes that open pictures and tokenise
 LOSS_LOGITS = 2**27  # logits that exist at a time, 0.5 GB: Qwen's vocabulary has 151,936 tokens
