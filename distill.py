@@ -607,7 +607,7 @@ def whiten_patches(model: nn.Module, patches: torch.Tensor) -> None:
     projection = image_tower.patch_embed.proj
     projection.weight.copy_(whitening.view_as(projection.weight))
     projection.bias.copy_(-whitening @ mean)
-    image_tower.pos_embed.weight.mul_(12)
+    image_tower.pos_embed.weight.mul_(12)  # positions as strong as content
 
 def grounded_loss(model: nn.Module, batch: dict, option_ids: list[int], pad_id: int,
                   args: argparse.Namespace, forward: int) -> tuple:
