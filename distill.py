@@ -242,10 +242,12 @@ def hidden_states(model: nn.Module, batch: dict) -> torch.Tensor:
     return model.model(**inputs, use_cache=False).last_hidden_state
 
 def cross_entropy(model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, summed over N tokens, from hidden states (N, D) and labels (N,)."""
+    """Cross-entropy in nats of hidden states (B, T, D) and labels (B, T), summed over N tokens."""
     def part_sum(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.lm_head(hidden).float(), labels, reduction="sum")
 
+    supervised = labels != IGNORE_INDEX
+    hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N,)
     # With a large vocabulary, a part of the logits at a time, made again in the backward pass.
     count = max(1, LOSS_LOGITS // model.config.text_config.vocab_size)
     if len(labels) <= count:
@@ -275,9 +277,7 @@ def squared_error(model: nn.Module, hidden: torch.Tensor, batch: dict,
 def answer_loss(model: nn.Module, batch: dict, option_ids: list[int]) -> tuple:
     """(cross-entropy in nats summed over supervised tokens, squared error summed over numbers)."""
     hidden = hidden_states(model, batch)[:, :-1]  # (B, T-1, D): position t predicts token t + 1
-    labels = batch["labels"][:, 1:]
-    supervised = labels != IGNORE_INDEX
-    nats = cross_entropy(model, hidden[supervised], labels[supervised])
+    nats = cross_entropy(model, hidden, batch["labels"][:, 1:])
     return nats, squared_error(model, hidden, batch, option_ids)
 
 def lr_scale(step: int, steps: int) -> float:
@@ -363,7 +363,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDatas
                     "samples/s": samples / seconds, "tokens/s": tokens / seconds}
             if saving and len(val_set):
                 with autocast:
-                    line["val_loss"] = validate(model, val_set, option_ids, args)
+                    line["val_loss"] = validate(model, val_set, args)
             if saving:
                 save_state(model, optimizer, done, args)
             with Path(args.out, "log.jsonl").open("a", encoding="utf-8") as file:
@@ -383,13 +383,14 @@ def batch_order(count: int, args: argparse.Namespace) -> list[list[int]]:
     return order[:, args.rank].tolist()
 
 @torch.no_grad()
-def validate(model: nn.Module, val_set: FaceDataset, option_ids: list, args) -> float:
+def validate(model: nn.Module, val_set: FaceDataset, args: argparse.Namespace) -> float:
     """Cross-entropy in nats a token behind the true beginning: it only watches over the run."""
     model.eval()
     nats, count = 0.0, 0
     for batch in DataLoader(val_set, args.batch_size, collate_fn=val_set.collate):
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-        nats += answer_loss(model, batch, option_ids)[0].item()
+        hidden = hidden_states(model, batch)[:, :-1]  # (B, T-1, D)
+        nats += cross_entropy(model, hidden, batch["labels"][:, 1:]).item()
         count += int((batch["labels"] != IGNORE_INDEX).sum())
     model.train()
     return nats / count
@@ -634,8 +635,7 @@ def grounded_loss(model: nn.Module, batch: dict, option_ids: list[int], pad_id: 
             "mm_token_type_ids": batch["mm_token_type_ids"][:, :n]}
     states = hidden_states(model, part)[:, :-1]  # (B, n-1, D)
     labels = batch["labels"].masked_fill(~is_before, IGNORE_INDEX)[:, 1:n]
-    supervised = labels != IGNORE_INDEX
-    word_nats = cross_entropy(model, states[supervised], labels[supervised])
+    word_nats = cross_entropy(model, states, labels)
     # The numbers behind sampled words, through which no gradient flows.
     is_word = types[:, 1:n] == TEXT
     logits = model.lm_head(states[is_word]).detach().float() / TEMPERATURE  # (words, V)

@@ -350,8 +350,8 @@ def main(args: argparse.Namespace) -> None:
     runs = {file: read_records(Path(file), allow_errors=True) for file in files}
     truth = read_records(Path(truth_file))
     for file, run in runs.items():
-        predicted = {image for image, record in run.items() if not record.get("error")}
-        missing, extra = sorted(truth.keys() - run.keys()), sorted(predicted - truth.keys())
+        usable = {image for image, record in run.items() if not record.get("error")}
+        missing, extra = sorted(truth.keys() - run.keys()), sorted(usable - truth.keys())
         if missing or extra:
             raise SystemExit(f"{file}: {len(missing)} pictures have no prediction "
                              f"{str(missing[:2]):.150}, {len(extra)} predictions have no truth "

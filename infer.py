@@ -162,10 +162,8 @@ def decode_numbers(answers: Answers, pieces: list[tuple], value_ids: torch.Tenso
     columns = torch.tensor(columns, device=value_ids.device)  # (C, L): where the numbers stand
     tokens = torch.tensor(block, device=value_ids.device).repeat(len(answers.mask), 1)  # (B, n)
     guess = torch.zeros(len(tokens), len(columns), dtype=torch.long, device=value_ids.device)
-    start, hidden = 0, None
+    hidden = answers.feed(tokens, torch.ones_like(tokens))  # (B, n, D)
     while True:
-        fed = answers.feed(tokens[:, start:], torch.ones_like(tokens[:, start:]))
-        hidden = torch.cat([hidden[:, :start], fed], dim=1) if start else fed  # (B, n, D)
         probabilities, choice = read_numbers(
             answers.network.lm_head.weight, hidden[:, columns - 1], value_ids)
         changed = (choice != guess).any(dim=0).nonzero()[:, 0]  # slots
@@ -175,6 +173,7 @@ def decode_numbers(answers: Answers, pieces: list[tuple], value_ids: torch.Tenso
         tokens[:, columns] = value_ids[choice]  # (B, C, L)
         start = int(columns[changed[0], 0])
         answers.drop(len(block) - start)
+        hidden[:, start:] = answers.feed(tokens[:, start:], torch.ones_like(tokens[:, start:]))
 
 def read_numbers(weight: torch.Tensor, hidden: torch.Tensor, value_ids: torch.Tensor) -> tuple:
     """Distributions (B, C, 11) and greedy choice (B, C) from lm_head's matrix and the hidden states

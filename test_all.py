@@ -457,7 +457,7 @@ def test_real_architectures_from_a_folder(kind, rank, demo, tmp_path):
     # What was trained is what was written: the loss on the validation records is the same.
     records = distill.read_records(demo / "val.jsonl", "semantic", distill.VAL_RECORDS)
     val_set = distill.FaceDataset(records, predictor.tokenizer, predictor.image_processor, "semantic", 8192)
-    val_loss = distill.validate(predictor.network, val_set, list(range(10)), distill.parse_args([]))
+    val_loss = distill.validate(predictor.network, val_set, distill.parse_args([]))
     assert val_loss == pytest.approx(read_jsonl(run / "log.jsonl")[-1]["val_loss"], abs=1e-4)
     # Pictures are shrunk to --max-pixels but never blown up: here they have 64 x 64.
     small = distill.FaceDataset(records, predictor.tokenizer, predictor.image_processor, "semantic", 32 * 32)
