@@ -537,7 +537,7 @@ def sample_expression(rng: np.random.Generator) -> dict:
         c[name] = max(c[name], rng.uniform(0.2, 1.0))
     tilt = rng.normal(0, 0.15)
     for name in ARKIT_NAMES:
-        side = {"Left": 1, "ight": -1}.get(name[-4:], 0)  # +1 for ...Left, -1 for ...Right
+        side = name.endswith("Left") - name.endswith("Right")  # 1, -1 or, in the middle, 0
         c[name] *= 1 + tilt * side + rng.normal(0, 0.08)
     # The two eyes turn together, x > 0 to the subject's left; a closed eye shows none of this.
     x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)

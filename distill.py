@@ -123,15 +123,11 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
 
 def answer_skeleton(supervision: str) -> list[tuple]:
     """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, last, None."""
-    pieces, text = [], "{"
-    for part in PARTS[supervision]:
-        quote = '"' if part == "analysis" else ""
-        text += f'"{part}": {{'
-        for slot in FIELDS if part == "analysis" else ARKIT_NAMES:
-            pieces.append((f'{text}"{slot}": {quote}', slot))
-            text = f"{quote}, "
-        text = f"{quote}}}, "
-    return pieces + [(f"{quote}}}}}", None)]
+    # An answer with 999 in every slot, cut there.
+    blanks = {"analysis": dict.fromkeys(FIELDS, "999"), "arkit": dict.fromkeys(ARKIT_NAMES, 999)}
+    answer = {part: blanks[part] for part in PARTS[supervision]}
+    slots = [slot for part in answer.values() for slot in part]
+    return list(zip(json.dumps(answer).split("999"), [*slots, None]))
 
 def open_image(path: str) -> Image.Image:
     """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
@@ -312,8 +308,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDatas
 
     for step in range(start, args.steps):
         # The learning rate of this step.
+        lr = args.lr * lr_scale(step, args.steps)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_scale(step, args.steps)
+            group["lr"] = lr
 
         # The batches of this step, and how many tokens they supervise in all processes.
         try:
@@ -359,7 +356,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDatas
         saving = done % args.save_every == 0 or done == args.steps or stopping
         if (saving or done % LOG_STEPS == 0) and args.rank == 0:
             seconds = time.time() - began
-            line = {"step": done, "loss": sum(losses) / len(losses), "lr": group["lr"],
+            line = {"step": done, "loss": sum(losses) / len(losses), "lr": lr,
                     "samples/s": samples / seconds, "tokens/s": tokens / seconds}
             if saving and len(val_set):
                 with autocast:
@@ -478,10 +475,9 @@ def hold_out(records: list[dict]) -> tuple[list[dict], list[dict]]:
     identities, held_out = sorted(count), set()
     while sum(count[identity] for identity in held_out) < wanted:
         held_out.add(identities.pop())
-    parts = [], []
-    for record in records:
-        parts[str(record.get("identity")) in held_out].append(record)
-    return parts
+    training = [record for record in records if str(record.get("identity")) not in held_out]
+    validation = [record for record in records if str(record.get("identity")) in held_out]
+    return training, validation
 
 def prepare_records(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """The records for training and for validation. Draws the demo if it is wanted and missing."""
@@ -639,7 +635,7 @@ def grounded_loss(model: nn.Module, batch: dict, option_ids: list[int], pad_id: 
     # The numbers behind sampled words, through which no gradient flows.
     is_word = types[:, 1:n] == TEXT
     logits = model.lm_head(states[is_word]).detach().float() / TEMPERATURE  # (words, V)
-    logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
+    logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf  # no words
     words = torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=rng)[:, 0]
     drawn = input_ids.clone()
     drawn[:, 1:n][is_word] = words.to(types.device)

@@ -99,6 +99,7 @@ def correlations(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, n
     covariance, var_x, var_y = (x * y).mean(axis=0), (x * x).mean(axis=0), (y * y).mean(axis=0)
     gap = predicted.mean(axis=0) - true.mean(axis=0)
     varies = var_y > 1e-14
+    # A prediction that does not vary has r = 0.
     scale = np.sqrt(np.where(varies & (var_x > 1e-14), var_x * var_y, np.inf))
     r = np.where(varies, covariance / scale, np.nan)
     ccc = np.where(varies, 2 * covariance / np.where(varies, var_x + var_y + gap ** 2, 1), np.nan)

@@ -95,15 +95,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def answer_skeleton(supervision: str) -> list[tuple]:
     """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, last, None."""
-    pieces, text = [], "{"
-    for part in PARTS[supervision]:
-        quote = '"' if part == "analysis" else ""
-        text += f'"{part}": {{'
-        for slot in FIELDS if part == "analysis" else ARKIT_NAMES:
-            pieces.append((f'{text}"{slot}": {quote}', slot))
-            text = f"{quote}, "
-        text = f"{quote}}}, "
-    return pieces + [(f"{quote}}}}}", None)]
+    # An answer with 999 in every slot, cut there.
+    blanks = {"analysis": dict.fromkeys(FIELDS, "999"), "arkit": dict.fromkeys(ARKIT_NAMES, 999)}
+    answer = {part: blanks[part] for part in PARTS[supervision]}
+    slots = [slot for part in answer.values() for slot in part]
+    return list(zip(json.dumps(answer).split("999"), [*slots, None]))
 
 class Answers:
     """B answers in the making: the key-value cache and attention mask (B, T) of their tokens."""
