@@ -538,6 +538,7 @@ def complete(args: argparse.Namespace) -> None:
 
 # ---- The demo's tiny model: skip this with a real one --------------------------------------------
 # RMSE, seed 0, 2,400 steps: 0.159 without sampling, 0.098 with no word hidden, 0.094 with both.
+# Numbers-first, 3,000 steps: 0.073 with a tenth of the numbers hidden at all times, 0.067 so.
 HIDDEN = [(0.0, 0.0), (0.3, 0.1), (1.0, 0.1)]  # share at the first and last step, by token type
 TEMPERATURE = 1.5  # of sampled words, to err as at inference: then RMSE 0.091, 0.094 was at 1.0
 SPECIAL = ["vision_start", "vision_end", "image_pad", "video_pad"]  # Qwen-VL's tokens
@@ -595,7 +596,9 @@ def build_tiny(records: list[dict], max_pixels: int) -> tuple:
 @torch.no_grad()
 def whiten_patches(model: nn.Module, patches: torch.Tensor) -> None:
     """Starts the patch embedding as the whitening of real patches (P, .), as in arXiv 2404.00498:
-    the fine differences that tell expressions apart are a tiny part of the pixels' variance."""
+    the fine differences that tell expressions apart are a tiny part of the pixels' variance.
+    Numbers-first, seed 0: RMSE 0.067 and, without, 0.094. In the other style 0.172 and 0.147.
+    """
     image_tower = model.model.visual
     mean = patches.mean(dim=0)
     variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
