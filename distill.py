@@ -469,14 +469,15 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
 def hold_out(records: list[dict]) -> tuple[list[dict], list[dict]]:
     """Splits records into (training, validation): the last identities, or records if below five."""
     wanted = round(VAL_SHARE * len(records))
-    count = Counter(str(record.get("identity")) for record in records)
+    people = [str(record.get("identity")) for record in records]
+    count = Counter(people)
     if len(count) < 5:  # frames of one recording are alike: those nearest in time stay together
         return records[:len(records) - wanted], records[len(records) - wanted:]
     identities, held_out = sorted(count), set()
     while sum(count[identity] for identity in held_out) < wanted:
         held_out.add(identities.pop())
-    training = [record for record in records if str(record.get("identity")) not in held_out]
-    validation = [record for record in records if str(record.get("identity")) in held_out]
+    training = [record for record, person in zip(records, people) if person not in held_out]
+    validation = [record for record, person in zip(records, people) if person in held_out]
     return training, validation
 
 def prepare_records(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -638,7 +639,7 @@ def grounded_loss(model: nn.Module, batch: dict, option_ids: list[int], pad_id: 
     # The numbers behind sampled words, through which no gradient flows.
     is_word = types[:, 1:n] == TEXT
     logits = model.lm_head(states[is_word]).detach().float() / TEMPERATURE  # (words, V)
-    logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf  # no words
+    logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf  # not words
     words = torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=rng)[:, 0]
     drawn = input_ids.clone()
     drawn[:, 1:n][is_word] = words.to(types.device)
