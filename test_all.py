@@ -371,7 +371,7 @@ def test_words_follow_true_words_and_numbers_sampled_ones(demo, monkeypatch):
     options, args.rank, args.world_size = [dataset.encode(value)[0] for value in distill.VALUES], 0, 1
     genuine, is_before = distill.hidden_states, (types == distill.NUMBER).cumsum(dim=1) == 0
     monkeypatch.setattr(distill, "hidden_states", Mock(wraps=genuine))
-    for forward, word_share, number_share in ((0, 0.3, 1.0), (98, 0.1, 0.1)):  # hidden at first and at last
+    for forward, word_share, number_share, weight in ((0, 0.3, 1.0, 2), (99, 0.1, 0.1, 0)):  # first, last pass
         nats, _ = distill.grounded_loss(model, batch, options, pad_id, args, forward)
         passes = [call.args[1]["input_ids"] for call in distill.hidden_states.call_args_list[-2:]]
         is_word, n = types == distill.TEXT, passes[0].shape[1]
@@ -380,11 +380,11 @@ def test_words_follow_true_words_and_numbers_sampled_ones(demo, monkeypatch):
         changed = passes[1] != batch["input_ids"]  # an untrained model guesses wrong
         assert changed[is_word].float().mean() > 0.9 and not changed[types == distill.SKELETON].any()
         expected = 0.0
-        for ids, is_supervised in zip(passes, (is_before, ~is_before)):
+        for ids, is_supervised, scale in zip(passes, (is_before, ~is_before), (weight, 1)):
             image_types = batch["mm_token_type_ids"][:, :ids.shape[1]]
             states = genuine(model, {**batch, "input_ids": ids, "mm_token_type_ids": image_types})[:, :-1]
             labels = batch["labels"].masked_fill(~is_supervised, distill.IGNORE_INDEX)[:, 1:ids.shape[1]]
-            expected += torch.nn.functional.cross_entropy(model.lm_head(states).mT, labels, reduction="sum").item()
+            expected += scale * torch.nn.functional.cross_entropy(model.lm_head(states).mT, labels, reduction="sum").item()
         assert nats.item() == pytest.approx(expected, rel=1e-5)
 
 def test_records_are_held_out_by_identity_and_shared_out_in_batches():
