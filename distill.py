@@ -538,8 +538,8 @@ def complete(args: argparse.Namespace) -> None:
         raise SystemExit(f"--out {args.out} holds an unfinished run; add --resume or delete it")
 
 # ---- The demo's tiny model: skip this with a real one --------------------------------------------
-# Commit 89adca3, seed 0, 2,400 steps: RMSE 0.159 without sampling, 0.098 with no word hidden, 0.094
-# with both. Numbers-first, 3,000 steps: 0.073 with a tenth of the numbers always hidden, 0.067 so.
+# RMSE, seed 0. Commit 86a9bcc, 2,400 steps: 0.159 without sampling, 0.098 without hidden words,
+# 0.094 so. 89adca3, numbers-first: 0.073 with a tenth of the numbers always hidden, 0.067 so.
 HIDDEN = [(0.0, 0.0), (0.3, 0.1), (1.0, 0.1)]  # share at the first and last step, by token type
 TEMPERATURE = 1.5  # of sampled words, to err as at inference: then RMSE 0.091, 0.094 was at 1.0
 SPECIAL = ["vision_start", "vision_end", "image_pad", "video_pad"]  # Qwen-VL's tokens
