@@ -18,11 +18,15 @@ import json
 import math
 import os
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from itertools import chain, islice, repeat
+from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
@@ -42,25 +46,26 @@ ARKIT_NAMES = [
     "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
-LLM_PROMPT = """You are an expert in facial anatomy. Describe a face in JSON with four short texts,
-from its active ARKit blendshape coefficients (0 to 1). Left and right are the subject's.
-Coefficients: mouthSmileLeft 0.62, mouthSmileRight 0.58, cheekSquintRight 0.21
-{"expression_category": "happiness", "muscle_movements": "Mouth: both lip corners moderately \
-raised. Cheeks: right cheek slightly raised.", "emotional_implication": "joy or amusement", \
-"symmetry": "stronger on the right cheeks"}
-Coefficients: """
-LLM_TRIES, LLM_TOKENS = 3, 120  # attempts at a description, tokens of one field at most
-LOOP = re.compile(r"(.{3,40}?)\1\1")  # a text that says the same three times: "eye-eye-eye-"
-# A movement is named from ACTIVE on, with the adverb of the first band that ends above its value.
-ACTIVE = 0.15
-BANDS = [(0.4, "slightly"), (0.7, "moderately"), (math.inf, "strongly")]
-# What is said of each action, with an adverb for *. "name_" is nameLeft and nameRight.
+
+# Endings of pictures; .heic, which Pillow cannot open, is named in an error, not left out.
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
+FORMS = ("expected a Live Link Face take (.csv), MediaPipe's results (.json) or, in a .jsonl, one "
+         'line of {"image": "a.png", "coefficients": {"jawOpen": 0.1, ... all 52}} a face')
+
+# A coefficient has one of four levels, and everything that is said follows from the levels alone:
+# below 0.15 it is at rest, from there on it moves slightly, then moderately, then strongly.
+BANDS = [0.15, 0.4, 0.7]
+ACTIVE = BANDS[0]
+ADVERBS = ["", "slightly", "moderately", "strongly"]
+DEGREES = ["", "slight ", "", "strong "]  # of an emotion, by the level of its strongest action
+# What is said of each action, with an adverb for *. "name_" is nameLeft and nameRight. "a/b" is
+# such a pair too, of the left and of the right eye, but gaze is no question of symmetry.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp_": "outer brow * raised",
               "browDown_": "brow * lowered"},
     "Eyes": {"eyeBlink_": "eye * closed", "eyeWide_": "eye * widened",
-             "eyeSquint_": "eye * squinted", "eyeLookUp_": "eye * looking up",
-             "eyeLookDown_": "eye * looking down",
+             "eyeSquint_": "eye * squinted", "eyeLookUpLeft/eyeLookUpRight": "eye * looking up",
+             "eyeLookDownLeft/eyeLookDownRight": "eye * looking down",
              "eyeLookOutLeft/eyeLookInRight": "eye * looking left",
              "eyeLookInLeft/eyeLookOutRight": "eye * looking right"},
     "Nose": {"noseSneer_": "nostril * pulled up"},
@@ -103,247 +108,366 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="records, takes, blendshapes; without, the demo")
     add("--demo", type=int, default=16_000, help="faces of the demo (default %(default)s)")
-    add("--frames", help="folder with one picture for each row of INPUT, in sorted order")
+    add("--frames", help="folder with one picture for each row of INPUT, in the order of counting")
+    add("--identity", help="who is seen, in all INPUTs (default: the name of a take's file)")
     add("--every", type=int, default=1, help="keep every Nth record (default %(default)s)")
     add("--out", help="file, or folder for --render and the demo (default beside INPUT, data/demo)")
     add("--render", action=argparse.BooleanOptionalAction, default=False, help="draw the faces")
     add("--llm", help="let this chat model (hub id or folder) describe instead of the rules")
+    add("--resume", action=argparse.BooleanOptionalAction, default=False,
+        help="go on with an interrupted --llm run")
     add("--batch-size", type=int, default=16, help="faces at a time, --llm (default %(default)s)")
     add("--device", default="auto", help="for --llm: cpu, cuda, or auto (default %(default)s)")
-    add("--limit", type=int, help="use the first LIMIT records only (demo: at least 240)")
-    add("--seed", type=int, default=0, help="of the demo's people, of --llm (default %(default)s)")
+    add("--limit", type=int, help="use the first LIMIT records only (the demo is drawn whole)")
+    add("--seed", type=int, default=0, help="of the demo's people and faces (default %(default)s)")
     return parser.parse_args(argv)
 
 # ---- Describing by rules -------------------------------------------------------------------------
+@cache
 def sides(key: str) -> list[str]:
     """The ARKit names of a table key: aLeft and aRight for "a_", a and b for "a/b", else a."""
-    return [key[:-1] + "Left", key[:-1] + "Right"] if key.endswith("_") else key.split("/")
+    if key.endswith("_"):
+        return [key[:-1] + "Left", key[:-1] + "Right"]
+    return key.split("/")
 
-def expand(pattern: dict, mirrored: bool = False) -> dict:
-    """Writes out the keys that stand for two names; `mirrored`, Left and Right are swapped."""
-    whole = {name: value for key, value in pattern.items() for name in sides(key)}
-    swap = {"Left": "Right", "Right": "Left"} if mirrored else {"Left": "Left", "Right": "Right"}
-    return {re.sub("Left|Right", lambda side: swap[side[0]], name): x for name, x in whole.items()}
+def expand(pattern: dict) -> dict:
+    """Gives the value of each key in `pattern` to all the names that the key stands for."""
+    whole = {}
+    for key, value in pattern.items():
+        whole |= dict.fromkeys(sides(key), value)
+    return whole
 
-PROTOTYPES = [(emotion, expand(pattern)) for emotion, (_, pattern) in EMOTIONS.items()]
-PROTOTYPES.append(("contempt", expand(EMOTIONS["contempt"][1], mirrored=True)))  # on either side
+def mirror(pattern: dict) -> dict:
+    """Swaps left and right: the same values, each by the name of its other side."""
+    swap = {"Left": "Right", "Right": "Left"}
+    return {re.sub("Left$|Right$", lambda side: swap[side[0]], name): value
+            for name, value in pattern.items()}
 
-def intensity(value: float) -> str:
-    """The adverb of the band that `value` (0..1) lies in."""
-    return next(adverb for end, adverb in BANDS if value < end)
+# Each emotion, its prototype, and the names that have to be at rest: contempt is one-sided.
+LEFT_CONTEMPT = EMOTIONS["contempt"][1]
+RIGHT_CONTEMPT = mirror(LEFT_CONTEMPT)
+PROTOTYPES = [(emotion, expand(pattern), {}) for emotion, (_, pattern) in EMOTIONS.items()]
+PROTOTYPES[-1] = ("contempt", LEFT_CONTEMPT, RIGHT_CONTEMPT)
+PROTOTYPES.append(("contempt", RIGHT_CONTEMPT, LEFT_CONTEMPT))
 
 def classify(coefficients: dict) -> tuple[str, str]:
-    """Expression category and emotional implication, by the cosine to the emotions' prototypes."""
-    face = {name: value for name, value in coefficients.items()
-            if not name.startswith(("eyeLook", "eyeBlink"))}  # which no emotion has
-    if max(face.values()) < ACTIVE:
+    """Expression category and emotional implication, by the cosine between the levels of the 52
+    coefficients (0..1 by name) and the prototype of each emotion."""
+    levels = {name: bisect(BANDS, value) for name, value in coefficients.items()
+              if not name.startswith(("eyeLook", "eyeBlink"))}  # which no emotion has
+    if not any(levels.values()):
         return "neutral", "not clearly observable"
+
+    length = math.hypot(*levels.values())
     cosines = []
-    for emotion, pattern in PROTOTYPES:
-        product = sum(face[name] * value for name, value in pattern.items())
-        cosine = product / (math.hypot(*face.values()) * math.hypot(*pattern.values()))
+    for emotion, pattern, at_rest in PROTOTYPES:
+        if any(levels[name] for name in at_rest):
+            continue
+        product = sum(levels[name] * weight for name, weight in pattern.items())
+        cosine = product / (length * math.hypot(*pattern.values()))
         cosines.append((cosine, emotion, pattern))
-    ranked = sorted(cosines, key=lambda entry: -entry[0])
-    (cosine, emotion, pattern), (next_cosine, other, _) = ranked[:2]
+
+    # The best one or, when the next is nearly as good, both.
+    cosines.sort(key=itemgetter(0), reverse=True)
+    (cosine, emotion, pattern), (next_cosine, next_emotion, _) = cosines[:2]
     if cosine < 0.5:
         return "movement without a clear emotion", "not clearly observable"
-    implication = EMOTIONS[emotion][0]
-    if next_cosine > 0.9 * cosine and other != emotion:
-        return f"{emotion} mixed with {other}", f"{implication}, with {EMOTIONS[other][0]}"
-    degree = {"slightly": "slight ", "moderately": "", "strongly": "strong "}
-    return degree[intensity(max(face[name] for name in pattern))] + emotion, implication
+    implication, other = EMOTIONS[emotion][0], EMOTIONS[next_emotion][0]
+    if next_cosine > 0.9 * cosine:
+        return f"{emotion} mixed with {next_emotion}", f"{implication}, with {other}"
+    strongest = max(levels[name] for name in pattern)
+    return DEGREES[strongest] + emotion, implication
 
 def describe(coefficients: dict) -> dict:
-    """Describes a face in four fields, never at odds with its 52 coefficients (0..1 by name)."""
-    sentences, stronger = [], []
+    """Describes a face in four fields, from its 52 coefficients (0..1 by name).
+
+    All fields follow from the same levels, so none of them contradicts another or the numbers.
+    """
+    levels = {name: bisect(BANDS, value) for name, value in coefficients.items()}
+    sentences, uneven, mixed = [], [], []
     for region, actions in MOVEMENTS.items():
-        phrases, widest = [], 0.0
+        phrases, stronger = [], set()
         for key, phrase in actions.items():
-            values = [coefficients[name] for name in sides(key)]
-            adverbs = [intensity(value) if value >= ACTIVE else None for value in values]
-            # Movements: one phrase for an action or a pair that moves alike, or one for each side.
-            subjects = [""] if len(values) == 1 else ["left ", "right "]
-            if len(values) == 2 and adverbs[0] == adverbs[1]:
-                subjects, phrase = ["both "], phrase.replace(" *", "s *")
-            phrases += [subject + phrase.replace("*", adverb)
-                        for subject, adverb in zip(subjects, adverbs) if adverb]
-            # Symmetry: the largest difference of a pair. Not gaze, since the eyes look one way.
-            if key.endswith("_") and not key.startswith("eyeLook"):
-                widest = max(widest, values[0] - values[1], key=abs)
+            names = sides(key)
+            left, right = levels[names[0]], levels[names[-1]]  # the same without sides
+            if left == right == 0:
+                continue
+
+            # Movements: one phrase for an action without sides or a pair that moves alike.
+            if left != right:
+                subjects = {"left ": left, "right ": right}
+            elif len(names) == 1:
+                subjects = {"": left}
+            else:
+                subjects = {"both ": left}
+                phrase = phrase.replace(" *", "s *")  # the plural: both eyes, both lip corners
+            phrases += [subject + phrase.replace("*", ADVERBS[level])
+                        for subject, level in subjects.items() if level]
+
+            # Symmetry: on which side a pair is stronger.
+            if left != right and key.endswith("_"):
+                stronger.add("left" if left > right else "right")
+
         if phrases:
             sentences.append(f"{region}: {', '.join(phrases)}.")
-        if abs(widest) >= ACTIVE:
-            stronger.append(f"{'left' if widest > 0 else 'right'} {region.lower()}")
+        if len(stronger) == 1:
+            uneven.append(f"{stronger.pop()} {region.lower()}")
+        elif stronger:
+            mixed.append(region.lower())
+
+    # A region is "mixed" when one pair of it is stronger on the left and another on the right.
+    asymmetries = [f"stronger on the {', '.join(uneven)}"] if uneven else []
+    asymmetries += [f"mixed in the {', '.join(mixed)}"] if mixed else []
     category, implication = classify(coefficients)
     return {"expression_category": category,
             "muscle_movements": " ".join(sentences) or "No visible movement.",
             "emotional_implication": implication,
-            "symmetry": f"stronger on the {', '.join(stronger)}" if stronger else "symmetric"}
+            "symmetry": "; ".join(asymmetries) or "symmetric"}
 
 # ---- Describing by a frozen language model -------------------------------------------------------
-def ask_llm(model, tokenizer, faces: list[dict], sample: bool) -> list[dict | None]:
-    """Lets a chat model fill in the fields for each face: JSON's braces and names are fed, a field
-    ends at its quote. None stands for a face of which one is empty, endless or a loop."""
-    texts, found = [], [{} for _ in faces]
+def active_text(coefficients: dict) -> str:
+    """The active coefficients as the prompt names them."""
+    active = [f"{name} {value:.2f}" for name, value in coefficients.items() if value >= ACTIVE]
+    return ", ".join(active) or "none, the face is at rest"
+
+EXAMPLE = {**dict.fromkeys(ARKIT_NAMES, 0.0),
+           "mouthSmileLeft": 0.62, "mouthSmileRight": 0.58, "cheekSquintRight": 0.21}
+EXAMPLE_WORDS = describe(EXAMPLE)
+LLM_PROMPT = f"""You are an expert in facial anatomy. Describe a face in JSON with four short texts,
+from its active ARKit blendshape coefficients (0 to 1). Left and right are the subject's.
+Coefficients: {active_text(EXAMPLE)}
+{json.dumps(EXAMPLE_WORDS)}
+Coefficients: """
+LLM_TOKENS = 120  # of one field at most
+LOOP = re.compile(r"(.{3,40}?)\1\1")  # a text that says the same three times: "eye-eye-eye-"
+CLOSED = re.compile(r'(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')  # up to the closing quote
+
+def is_valid(words: dict, coefficients: dict) -> bool:
+    """Whether every field has a text that is no loop, and the movements not just the example's."""
+    texts = [words.get(field) for field in FIELDS]
+    if not all(texts) or any(map(LOOP.search, texts)):
+        return False
+    movements = words["muscle_movements"]
+    is_copy = movements == EXAMPLE_WORDS["muscle_movements"]
+    return not is_copy or movements == describe(coefficients)["muscle_movements"]
+
+def ask_llm(model, tokenizer, faces: list[dict]) -> list[dict]:
+    """Lets a chat model fill in the fields for each face: JSON's braces and names are fed, the
+    model writes up to the quote that closes a field. A field without an end is left out."""
+    import torch
+    texts, answers = [], [{} for _ in faces]
     for face in faces:
-        active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
-        prompt = LLM_PROMPT + (", ".join(active) or "none, the face is at rest")
+        text = LLM_PROMPT + active_text(face) + "\n"
         if tokenizer.chat_template:
-            prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
-                                                   tokenize=False, add_generation_prompt=True)
-        texts.append(prompt + "{")
+            # Unless told not to, hybrid models would think within the first field.
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False,
+                add_generation_prompt=True, enable_thinking=False)
+        texts.append(text + "{")
+
     for field in FIELDS:
         texts = [f'{text}"{field}": "' for text in texts]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        tokens = model.generate(
-            **inputs, do_sample=sample, max_new_tokens=LLM_TOKENS, stop_strings=['"'],
-            tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id)
-        tokens = tokens[:, inputs["input_ids"].shape[1]:]  # the new ones
-        for k, answer in enumerate(tokenizer.batch_decode(tokens, skip_special_tokens=True)):
-            words, quote, _ = answer.partition('"')
-            if not quote or not words.strip() or LOOP.search(words):
-                found[k] = None
-            elif found[k] is not None:
-                found[k][field] = " ".join(words.split())
-            texts[k] += words + '", '
-    return found
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False,
+                           return_token_type_ids=False).to(model.device)
+        start = inputs["input_ids"].shape[1]
 
-def describe_by_llm(records: list[dict], kept: list[str], args) -> Iterator[tuple]:
-    """Yields (description, annotator) of each record, first those of the lines `kept`. A malformed
-    answer is asked for again, LLM_TRIES times in all. Then the rules stand in."""
-    done = 0
-    for old, record in zip(map(json.loads, kept), records):
-        if old["coefficients"] != record["coefficients"] or args.llm not in old["annotator"]:
-            break
-        done += 1
-        yield old["description"], old["annotator"]
+        def is_closed(ids, scores, **_) -> torch.Tensor:  # (B,)
+            written = tokenizer.batch_decode(ids[:, start:])
+            return torch.tensor([bool(CLOSED.match(text)) for text in written], device=ids.device)
+
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=LLM_TOKENS,
+                                stopping_criteria=[is_closed], pad_token_id=tokenizer.pad_token_id)
+        for k, text in enumerate(tokenizer.batch_decode(tokens[:, start:])):
+            closed = CLOSED.match(text)
+            if closed:
+                words = json.loads('"' + closed[0], strict=False)
+                answers[k][field] = " ".join(words.split())
+                texts[k] += closed[0] + ", "
+    return answers
+
+def describe_by_llm(records: list[dict], args: argparse.Namespace) -> Iterator[tuple]:
+    """Yields description and annotator of each record. Where the answer of the model is no valid
+    description, the rules stand in, and the annotator says so."""
     import torch  # the rules and the drawings do without
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    torch.manual_seed(args.seed)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.llm, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(args.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"--llm {args.llm} cannot be loaded: {str(error):.300}".partition("\n")[0])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rules = f"rules, since {args.llm} gave no valid answer"
-    for start in range(done, len(records), args.batch_size):
+
+    for start in range(0, len(records), args.batch_size):
         faces = [record["coefficients"] for record in records[start:start + args.batch_size]]
-        found = [None] * len(faces)
-        for attempt in range(LLM_TRIES):
-            missing = [k for k, description in enumerate(found) if not description]
-            answers = ask_llm(model, tokenizer, [faces[k] for k in missing], attempt > 0)
-            for k, answer in zip(missing, answers):
-                found[k] = answer
-            if all(found):
-                break
-        for face, answer in zip(faces, found):
-            yield (answer, args.llm) if answer else (describe(face), rules)
+        for face, words in zip(faces, ask_llm(model, tokenizer, faces)):
+            if is_valid(words, face):
+                yield words, args.llm
+            else:
+                yield describe(face), f"rules, since {args.llm} gave no valid answer"
 
 # ---- Files ---------------------------------------------------------------------------------------
+# list_pictures and whole_lines stand word for word in infer.py: scripts share no code.
+def list_pictures(folder: Path) -> list[Path]:
+    """A folder's pictures in the order a person counts, frame2 before frame10; no hidden files."""
+    def counted(path: Path) -> tuple:
+        parts = re.split(r"(\d+)", path.name.lower())  # text, number, text, number, ...
+        return [int(part) if part.isdecimal() else part for part in parts], path.name
+
+    pictures = [path for path in folder.iterdir()
+                if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
+    return sorted(pictures, key=counted)
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines that an interrupted run left in a file. Cuts off the last one if it is torn."""
+    if not path.is_file():
+        return []
+    text = path.read_bytes()
+    whole = text[:text.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    return whole.splitlines()
+
+@cache
 def canonical(name: str) -> str:
     """The ARKit name for EyeBlinkLeft (Live Link), eyeBlink_L (other apps) or eyeBlinkLeft."""
     name = re.sub("_R$", "Right", re.sub("_L$", "Left", name.strip()))
     return name[:1].lower() + name[1:]
 
-def check_coefficients(given: dict, counts: Counter) -> dict:
-    """The 52 in order, clipped to 0..1 (real takes reach 1.053). Raises ValueError on others."""
-    if list(given) != ARKIT_NAMES:
-        given = {canonical(name): value for name, value in given.items()}
-    if "tongueOut" not in given:  # MediaPipe and others cannot see it
-        given["tongueOut"] = 0.0
+def standardize(given: dict, counts: Counter) -> dict:
+    """The 52 coefficients in order, by ARKit's names, clipped to 0..1 (real takes reach 1.053).
+    Raises ValueError if one is missing, unknown or no such number. Counts what it changes."""
+    values = {canonical(name): value for name, value in given.items()}
+    if "tongueOut" not in values:  # MediaPipe and others cannot see it
+        values["tongueOut"] = 0.0
         counts["records without tongueOut, set to 0"] += 1
-    different = sorted(set(given) ^ set(ARKIT_NAMES))
+    different = sorted(set(values) ^ set(ARKIT_NAMES))
     if different:
-        raise ValueError(f"{str(different[:3]):.150} missing or unknown")
-    for name, value in given.items():
+        raise ValueError(f"{', '.join(different[:3]):.150} missing or unknown; 52 ARKit names are "
+                         "expected")
+
+    for name, value in values.items():
         if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # True and NaN are neither
             raise ValueError(f"{name} is {value!r:.40}, not 0 to 1 (divide percentages by 100)")
-    counts["clipped values"] += len([x for x in given.values() if not 0 <= x <= 1])
-    return {name: min(max(0.0, given[name]), 1.0) for name in ARKIT_NAMES}
+        if not -0.01 < value < 1.01:
+            counts["values clipped by 0.01 or more"] += 1
+    return {name: min(max(0.0, values[name]), 1.0) for name in ARKIT_NAMES}
 
-def rows_of_jsonl(path: Path) -> Iterator[dict]:
-    """Image, identity, coefficients and error of each label or prediction record."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for line in file:
-            record = json.loads(line)
-            row = {key: record[key] for key in ("image", "identity", "error") if key in record}
-            yield {**row, "coefficients": record["coefficients"]}
+def items_of(path: Path) -> Iterator[tuple]:
+    """Yields where in a file each face stands, and what stands there: the text of a record, the
+    cells of a take's row by column, or a result of MediaPipe."""
+    if path.suffix.lower() == ".json":
+        text = path.read_text("utf-8-sig", "replace")
+        text = text.replace('"face_blendshapes"', '"faceBlendshapes"')  # as saved from Python
+        results = json.loads(text.replace('"category_name"', '"categoryName"'))
+        for number, result in enumerate(results if isinstance(results, list) else [results], 1):
+            yield f"result {number}", result
+        return
 
-def rows_of_csv(path: Path) -> Iterator[dict]:
-    """The rows of a Live Link Face take, by column name; other columns are ignored."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        for row in csv.DictReader(file):
-            numbers = {canonical(name): value for name, value in row.items() if name}
-            numbers = {name: float(numbers[name]) for name in ARKIT_NAMES if name in numbers}
-            yield {"image": None, "identity": path.stem, "coefficients": numbers}
+        if path.suffix.lower() == ".csv":
+            rows = csv.DictReader(file)
+            for row in rows:
+                yield f"line {rows.line_num}", row
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number}", line
 
-def rows_of_json(path: Path) -> Iterator[dict]:
-    """MediaPipe's results, one an image (of several faces the first) or one alone: either
-    {"faceBlendshapes": [{"categories": [...]}]} or one face's list of categories."""
-    results = json.loads(path.read_text("utf-8-sig", "replace"))
-    for result in results if isinstance(results, list) else [results]:
-        faces = result["faceBlendshapes"] if isinstance(result, dict) else [result]
-        if not faces:
-            yield {"error": "no face was found"}
-            continue
-        categories = faces[0]["categories"] if isinstance(faces[0], dict) else faces[0]
-        scores = {category["categoryName"]: category["score"] for category in categories}
-        scores.pop("_neutral", None)
-        yield {"coefficients": scores}
+def face_of_take(row: dict) -> dict:
+    """A row of a Live Link Face take. It has no values where the app saw no face."""
+    cells = {name: cell for name, cell in row.items() if canonical(name or "") in ARKIT_NAMES}
+    if len(cells) < 51:
+        raise ValueError(f"the header that was found, {list(row)!s:.150}, lacks columns; "
+                         "a take has 52 such as EyeBlinkLeft, separated by commas")
+    if not any((cell or "").strip() for cell in cells.values()):
+        return {"coefficients": None}
+
+    coefficients = {}
+    for name, cell in cells.items():
+        try:
+            coefficients[name] = float(cell)
+        except (TypeError, ValueError):
+            raise ValueError(f"column {name} holds {cell or ''!r:.40}, which is no number")
+    return {"coefficients": coefficients}
+
+def face_of_mediapipe(result: dict | list) -> dict:
+    """The first face of one result of MediaPipe's Face Landmarker, which is {"faceBlendshapes":
+    [{"categories": [...]}]} or one face's list of categories. It may have found no face."""
+    faces = [result]
+    if isinstance(result, dict):
+        if "faceBlendshapes" not in result:
+            raise ValueError(f"no faceBlendshapes among {', '.join(result):.150}")
+        faces = result["faceBlendshapes"]
+    if not faces:
+        return {"coefficients": None}
+    categories = faces[0]["categories"] if isinstance(faces[0], dict) else faces[0]
+    scores = {category["categoryName"]: category["score"] for category in categories}
+    scores.pop("_neutral", None)
+    return {"coefficients": scores}
+
+FACE_OF = {".csv": face_of_take, ".json": face_of_mediapipe}  # any other file holds records
 
 def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Iterator[dict]:
     """Yields every Nth record of a file, images as absolute paths. SystemExit on a bad one."""
-    reader = {".csv": rows_of_csv, ".json": rows_of_json}.get(path.suffix.lower(), rows_of_jsonl)
-    rows, number = reader(path), 0
+    suffix = path.suffix.lower()
+    where = "as a whole"
     try:
+        # Row and frame belong together before any is left out.
+        items = list(items_of(path))
+        frames = [None] * len(items)
         if args.frames:
-            rows, frames = list(rows), sorted(Path(args.frames).absolute().iterdir())
-            frames = [f for f in frames if f.suffix.lower() in Image.registered_extensions()]
-            if len(frames) != len(rows):
-                raise ValueError(f"--frames holds {len(frames)} pictures for {len(rows)} rows")
-            rows = [{**row, "image": str(frame)} for row, frame in zip(rows, frames)]
-        for number, row in enumerate(rows, 1):
-            if (number - 1) % args.every:
+            frames = list_pictures(Path(args.frames).absolute())
+        if len(frames) != len(items):
+            raise SystemExit(f"--frames {args.frames} holds {len(frames)} pictures for the "
+                             f"{len(items)} rows of {path}; expected one a row, named in order")
+
+        for (where, item), frame in list(zip(items, frames))[::args.every]:
+            face = FACE_OF[suffix](item) if suffix in FACE_OF else json.loads(item)
+            record = {"image": None, **face}
+            if record.get("error") or record["coefficients"] is None:
+                counts["without a face, values or a prediction, left out"] += 1
                 continue
-            if row.pop("error", None):
-                counts["without a face or a prediction left out"] += 1
-                continue
-            row["coefficients"] = check_coefficients(row["coefficients"], counts)
-            image = row.pop("image", None)
-            yield {"image": image and os.path.abspath(path.parent / image), **row}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError,
+            record["coefficients"] = standardize(record["coefficients"], counts)
+            if args.identity or suffix in FACE_OF:
+                record["identity"] = args.identity or path.stem
+            image = frame or record["image"]
+            record["image"] = image and os.path.abspath(path.parent / image)
+            yield record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
             csv.Error) as error:
-        raise SystemExit(f"{path}, at or after record {number}: {type(error).__name__} "
-                         f"{str(error):.300}; expected 52 ARKit coefficients each, in records "
-                         "(.jsonl), a Live Link Face take (.csv) or MediaPipe's results (.json)")
+        raise SystemExit(f"{path}, {where}: {error!s:.350}; {FORMS}")
 
 def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
     """Describes records and writes them as they come, under another name until all are done."""
-    partial = path.with_name(path.name + (".unfinished" if args.llm else ".partial"))
+    partial = path.with_name(path.name + (".llm" if args.llm else ".partial"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    described = ((describe(record["coefficients"]), "rules") for record in records)
-    if args.llm:  # what an interrupted run left is kept, without a torn last line
-        lines = partial.read_text("utf-8", "replace") if partial.is_file() else ""
-        described = describe_by_llm(records, lines.split("\n")[:-1], args)
-    annotators, categories, active = Counter(), Counter(), Counter()
-    bar = tqdm(zip(records, described), path.name, len(records), unit=" faces", disable=None)
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+
+    # What an interrupted run has described is kept, if it is of these faces.
+    kept = [json.loads(line) for line in whole_lines(partial)] if args.resume else []
+    faces = [record["coefficients"] for record in records]
+    if [record["coefficients"] for record in kept] != faces[:len(kept)]:
+        raise SystemExit(f"--resume: {partial} describes other faces; start without --resume")
+    todo = records[len(kept):]
+    descriptions = ((describe(record["coefficients"]), "rules") for record in todo)
+    if args.llm:
+        descriptions = describe_by_llm(todo, args)
+
+    bar = tqdm(zip(todo, descriptions), path.name, len(todo), unit=" faces", disable=None)
+    with partial.open("a" if kept else "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, (description, annotator) in bar:
-            image = record.get("image") and os.path.relpath(record["image"], path.parent)
-            record = {**record, "image": image, "description": description, "annotator": annotator}
+            record = {**record, "description": description, "annotator": annotator}
+            if record["image"]:
+                record["image"] = Path(os.path.relpath(record["image"], path.parent)).as_posix()
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            annotators[annotator] += 1
-            categories[description["expression_category"]] += 1
-            active.update(name for name, x in record["coefficients"].items() if x >= ACTIVE)
+            kept.append(record)
     partial.replace(path)
-    print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}; most frequent "
-          f"{dict(categories.most_common(4))}, most active {dict(active.most_common(4))}")
+
+    annotators = Counter(record["annotator"] for record in kept)
+    print(f"wrote {path}: {len(kept)} records, described by {dict(annotators)}")
 
 # ---- Drawing the demo's faces --------------------------------------------------------------------
 DARK, WHITE, RED = (40, 25, 25), (250, 250, 245), (205, 80, 80)
@@ -353,14 +477,16 @@ SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
 # two ends) and lines (`line` times as wide), on which it is only tested.
 STYLES = {
     "cartoon": {
-        "skins": ["#fadcc4", "#f0c8aa", "#deb08c", "#be8c68", "#96684a", "#704c36"],
+        "skins": list(map(ImageColor.getrgb, [
+            "#fadcc4", "#f0c8aa", "#deb08c", "#be8c68", "#96684a", "#704c36"])),
         "hairs": ["#1e1816", "#462e1e", "#78502c", "#c49650", "#963c1e", "#969696"],
         "irises": ["#50321a", "#32643c", "#3c6eaa", "#64646e"], "line": 1.0, "outline": 0.0,
         "proportions": {"fringe": (-0.75, -0.6), "width": (0.68, 0.80), "height": (0.76, 0.84),
                         "eye": (0.9, 1.15), "gap": (0.31, 0.37), "brow": (0.05, 0.09),
                         "nose": (0.85, 1.2), "mouth": (0.24, 0.31)}},
     "comic": {
-        "skins": ["#f4e878", "#c8e696", "#96d2d2", "#96aae6", "#c896dc", "#f0aabe"],
+        "skins": list(map(ImageColor.getrgb, [
+            "#f4e878", "#c8e696", "#96d2d2", "#96aae6", "#c896dc", "#f0aabe"])),
         "hairs": ["#143c78", "#aa285a", "#1e6e46", "#6e2882", "#e67814", "#f5f5f5"],
         "irises": ["#961e28", "#783c96", "#147878", "#c8961e"], "line": 1.5, "outline": 0.04,
         "proportions": {"fringe": (-0.62, -0.5), "width": (0.80, 0.90), "height": (0.70, 0.76),
@@ -378,140 +504,211 @@ CREASES = [
     ("mouthShrugLower", (0.03, 0.06), (0.68, 0.74)),
 ]
 
+# Parameters of the curves: around the head, across the lips and across an eye.
+TURN = 2 * np.pi * np.arange(48) / 48
+ACROSS_LIPS = np.arange(-7, 8) / 7  # from the right corner to the left
+ACROSS_EYE = np.arange(-6, 7) / 6
+# The brow's inner end, middle and outer end: at rest, and how far each action moves them.
+BROW_X, BROW_Y = np.array([-0.19, -0.02, 0.2]), np.array([0, -0.03, 0.02])
+BROW_DOWN = np.array([0.13, 0.06, 0.02])
+BROW_INNER_UP, BROW_OUTER_UP = np.array([0.17, 0.05, 0]), np.array([0, 0.08, 0.19])
+
 class Pen:
     """Draws in face coordinates, -1 to 1: x to the picture's right (the subject's left), y down."""
 
     def __init__(self, size: int, background: tuple, thickness: float):
-        self.half, self.thickness = size * SUPERSAMPLE / 2, thickness
-        self.canvas = Image.new("RGB", (size * SUPERSAMPLE, size * SUPERSAMPLE), background)
+        pixels = size * SUPERSAMPLE
+        self.half = pixels / 2
+        self.thickness = thickness
+        self.canvas = Image.new("RGB", (pixels, pixels), background)
         self.draw = ImageDraw.Draw(self.canvas)
 
     def scale(self, x: list, y: list) -> list:
-        return (self.half * (1 + np.column_stack([x, y]))).ravel().tolist()
-    def polygon(self, x: list, y: list, color: tuple):
+        points = np.column_stack([x, y])  # (points, 2)
+        return (self.half * (1 + points)).ravel().tolist()
+
+    def polygon(self, x: list, y: list, color: tuple) -> None:
         self.draw.polygon(self.scale(x, y), fill=color)
-    def band(self, x: list, upper: list, lower: list, color: tuple):
-        self.polygon(np.append(x, x[::-1]), np.append(upper, lower[::-1]), color)
-    def line(self, x: list, y: list, color: tuple, width: float):
+
+    def band(self, x: list, upper: list, lower: list, color: tuple) -> None:
+        there_and_back = np.append(x, x[::-1])
+        self.polygon(there_and_back, np.append(upper, lower[::-1]), color)
+
+    def line(self, x: list, y: list, color: tuple, width: float) -> None:
         pixels = max(1, round(width * self.thickness * self.half))
         self.draw.line(self.scale(x, y), fill=color, width=pixels, joint="curve")
-    def ellipse(self, x: float, y: float, rx: float, ry: float, color: tuple):
-        self.draw.ellipse(self.scale([x - rx, x + rx], [y - ry, y + ry]), fill=color)
+
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: tuple) -> None:
+        corners = self.scale([x - rx, x + rx], [y - ry, y + ry])
+        self.draw.ellipse(corners, fill=color)
 
 def mix(color: tuple, other: tuple, amount: float) -> tuple:
     """The color `amount` (0..1) of the way from `color` to `other`."""
     return tuple(round(a + (b - a) * amount) for a, b in zip(color, other))
 
-def draw_head(pen: Pen, look: dict, c: dict) -> None:
+def draw_head(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     """Hair, outline, chin and puffed cheeks (jawOpen, jawLeft, jawRight, jawForward, cheekPuff)."""
-    skin, width, height, forward = look["skin"], look["width"], look["height"], c["jawForward"]
-    slide, drop = 0.14 * (c["jawLeft"] - c["jawRight"]), 0.14 * c["jawOpen"]
-    turn = 2 * np.pi * np.arange(48) / 48
-    x, y = np.cos(turn), np.sin(turn)
-    below = np.maximum(y, 0) ** 2
-    puff = 0.16 * c["cheekPuff"] * np.exp(-((y - 0.5) / 0.25) ** 2)
-    x, y = width * x * (1 + puff - 0.12 * below) + slide * below, height * y + drop * below
-    pen.ellipse(0, -0.12, width * 1.1, height * 1.03, look["hair"])
-    pen.polygon(x, y, skin)
-    pen.polygon(x[y < look["fringe"]], y[y < look["fringe"]], look["hair"])
-    if look["outline"]:
-        pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, look["outline"])
-    chin = mix(skin, WHITE, 0.6 * forward)
-    pen.ellipse(slide, height - 0.1 + drop, 0.14 + 0.14 * forward, 0.05 + 0.07 * forward, chin)
-    for side in (-1, 1):
-        pen.ellipse(side * 0.5, 0.36, 0.13, 0.13, mix(skin, WHITE, 0.55 * c["cheekPuff"]))
+    slide = 0.14 * (c.jawLeft - c.jawRight)
+    drop = 0.14 * c.jawOpen
 
-def draw_mouth(pen: Pen, look: dict, c: dict) -> None:
+    # The outline: an ellipse whose cheeks widen and whose lower part follows the jaw.
+    x, y = np.cos(TURN), np.sin(TURN)
+    below = np.maximum(y, 0) ** 2  # 0 from the eyes up, 1 at the chin
+    puff = 0.16 * c.cheekPuff * np.exp(-((y - 0.5) / 0.25) ** 2)
+    x = look.width * x * (1 + puff - 0.12 * below) + slide * below
+    y = look.height * y + drop * below
+
+    # The hair behind, the face, the fringe before it.
+    pen.ellipse(0, -0.12, look.width * 1.1, look.height * 1.03, look.hair)
+    pen.polygon(x, y, look.skin)
+    is_fringe = y < look.fringe
+    pen.polygon(x[is_fringe], y[is_fringe], look.hair)
+    if look.outline:
+        pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, look.outline)
+
+    # A chin that is pushed forward grows and brightens, and so do puffed cheeks.
+    chin_y = look.height - 0.1 + drop
+    chin_color = mix(look.skin, WHITE, 0.6 * c.jawForward)
+    pen.ellipse(slide, chin_y, 0.14 + 0.14 * c.jawForward, 0.05 + 0.07 * c.jawForward, chin_color)
+    for x in (-0.5, 0.5):
+        pen.ellipse(x, 0.36, 0.13, 0.13, mix(look.skin, WHITE, 0.55 * c.cheekPuff))
+
+def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     """Lips, teeth and tongue (the jaw's opening and shift, tongueOut, mouth but the dimples)."""
-    pucker, funnel, tongue, lips = c["mouthPucker"], c["mouthFunnel"], c["tongueOut"], look["lips"]
-    t = np.arange(-7, 8) / 7  # from the right corner to the left
-    arch, opening, reach = 1 - t * t, np.sqrt(1 - t * t), np.minimum(1, 3 * abs(t))
-    smile, frown, stretch, press, up, low = (
-        reach * np.where(t > 0, c["mouth" + action + "Left"], c["mouth" + action + "Right"])
-        for action in ("Smile", "Frown", "Stretch", "Press", "UpperUp", "LowerDown"))
-    x = 0.13 * (c["mouthLeft"] - c["mouthRight"]) + 0.07 * (c["jawLeft"] - c["jawRight"])
-    x = x + t * (look["mouth"] * (1 - 0.5 * pucker - 0.3 * funnel) + 0.06 * smile + 0.16 * stretch)
+    t = ACROSS_LIPS
+    arch = 1 - t * t  # 0 at the corners, 1 in the middle
+    opening = np.sqrt(1 - t * t)
+
+    def by_side(left: float, right: float) -> np.ndarray:
+        return np.minimum(1, 3 * abs(t)) * np.where(t > 0, left, right)
+
+    # The line on which the lips meet.
+    smile = by_side(c.mouthSmileLeft, c.mouthSmileRight)
+    frown = by_side(c.mouthFrownLeft, c.mouthFrownRight)
+    stretch = by_side(c.mouthStretchLeft, c.mouthStretchRight)
+    shift = 0.13 * (c.mouthLeft - c.mouthRight) + 0.07 * (c.jawLeft - c.jawRight)
+    width = look.mouth * (1 - 0.5 * c.mouthPucker - 0.3 * c.mouthFunnel)
+    x = shift + t * (width + 0.06 * smile + 0.16 * stretch)
     y = 0.50 + t * t * 0.17 * (frown - smile) + 0.03 * smile * arch
-    gap = 0.30 * (c["jawOpen"] - c["mouthClose"]) + 0.12 * funnel
-    upper = y - opening * (0.13 * up + 0.3 * max(gap, 0)) - 0.09 * c["mouthShrugUpper"] * arch
-    lower = y + opening * (0.13 * low + 0.7 * gap) - 0.07 * c["mouthShrugLower"] * arch
-    thick = opening * (1 - 0.6 * press) * (1 + 0.9 * pucker + 0.5 * funnel)
+
+    # The inner edges of both lips, and how thick the lips are.
+    gap = 0.30 * (c.jawOpen - c.mouthClose) + 0.12 * c.mouthFunnel
+    rise = 0.13 * by_side(c.mouthUpperUpLeft, c.mouthUpperUpRight) + 0.3 * max(gap, 0)
+    fall = 0.13 * by_side(c.mouthLowerDownLeft, c.mouthLowerDownRight) + 0.7 * gap
+    upper = y - opening * rise - 0.09 * c.mouthShrugUpper * arch
+    lower = y + opening * fall - 0.07 * c.mouthShrugLower * arch
+    press = by_side(c.mouthPressLeft, c.mouthPressRight)
+    thick = opening * (1 - 0.6 * press) * (1 + 0.9 * c.mouthPucker + 0.5 * c.mouthFunnel)
+
+    # The cavity, and in it the teeth, all but the corners.
     pen.band(x, upper, lower, CAVITY)
     upper_teeth = np.maximum(upper, np.minimum(upper + 0.06, lower))
     lower_teeth = np.minimum(lower, np.maximum(lower - 0.06, upper))
-    pen.band(x[2:-2], upper[2:-2], upper_teeth[2:-2], WHITE)
-    pen.band(x[2:-2], lower[2:-2], lower_teeth[2:-2], WHITE)
-    pen.band(x, upper - 0.065 * thick * (1 - 0.95 * c["mouthRollUpper"]), upper, lips)
-    pen.band(x, lower, lower + 0.085 * thick * (1 - 0.95 * c["mouthRollLower"]), lips)
-    pen.line(x, upper, mix(lips, DARK, 0.6), 0.02)
-    pen.line(x, lower, mix(lips, DARK, 0.6), 0.02)
-    if tongue > 0:
-        pen.ellipse(x[7], lower[7] + 0.08 * tongue, 0.06 + 0.06 * tongue, 0.17 * tongue, TONGUE)
-        pen.line([x[7], x[7]], [lower[7], lower[7] + 0.15 * tongue], mix(TONGUE, DARK, 0.4), 0.02)
+    inner = slice(2, -2)
+    pen.band(x[inner], upper[inner], upper_teeth[inner], WHITE)
+    pen.band(x[inner], lower[inner], lower_teeth[inner], WHITE)
 
-def draw_side(pen: Pen, look: dict, c: dict, side: int) -> None:
+    # The lips, thin where they are rolled in.
+    pen.band(x, upper - 0.065 * thick * (1 - 0.95 * c.mouthRollUpper), upper, look.lips)
+    pen.band(x, lower, lower + 0.085 * thick * (1 - 0.95 * c.mouthRollLower), look.lips)
+    for edge in (upper, lower):
+        pen.line(x, edge, mix(look.lips, DARK, 0.6), 0.02)
+
+    # The tongue hangs over the middle of the lower lip.
+    if c.tongueOut > 0:
+        root, length = lower[7], c.tongueOut
+        pen.ellipse(x[7], root + 0.08 * length, 0.06 + 0.06 * length, 0.17 * length, TONGUE)
+        groove = mix(TONGUE, DARK, 0.4)
+        pen.line([x[7], x[7]], [root, root + 0.15 * length], groove, 0.02)
+
+def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) -> None:
     """Eye, cheek, brow, nostril and creases of one side: 1 is the subject's left, -1 the right."""
-    c = {name.removesuffix("Left" if side > 0 else "Right"): value for name, value in c.items()}
-    blink, squint, cheek, sneer = c["eyeBlink"], c["eyeSquint"], c["cheekSquint"], c["noseSneer"]
-    skin, lid = look["skin"], mix(look["skin"], DARK, 0.12)
-    x0, y0, width, height = side * look["gap"], -0.17, 0.2 * look["eye"], 0.105 * look["eye"]
-    t = np.arange(-6, 7) / 6
-    x, arch = x0 + width * t, 1 - t * t
-    upper = y0 + height * (0.7 * blink - (1 + 0.75 * c["eyeWide"]) * (1 - blink)) * arch
-    lower = y0 + height * (0.75 - 0.75 * squint * (1 - blink)) * arch
-    pen.ellipse(x0, y0 - 0.02, width, 0.2, lid)
+    suffix = "Left" if side > 0 else "Right"
+    c = SimpleNamespace(**{name.removesuffix(suffix): value for name, value in vars(c).items()})
+    t = ACROSS_EYE
+    arch = 1 - t * t
+    eye_x, eye_y = side * look.gap, -0.17
+    shade = partial(mix, look.skin, DARK)  # of an amount from 0 to 1
+
+    # The edges of both eyelids.
+    height = 0.105 * look.eye
+    x = eye_x + 0.2 * look.eye * t
+    upper = eye_y + height * (0.7 * c.eyeBlink - (1 + 0.75 * c.eyeWide) * (1 - c.eyeBlink)) * arch
+    lower = eye_y + height * (0.75 - 0.75 * c.eyeSquint * (1 - c.eyeBlink)) * arch
+
+    # The eyeball with its iris, then the lids, which hide a part of the iris.
+    lid = shade(0.12)
+    pen.ellipse(eye_x, eye_y - 0.02, 0.2 * look.eye, 0.2, lid)
     pen.band(x, upper, lower, WHITE)
-    pupil_x = x0 + 0.1 * side * (c["eyeLookOut"] - c["eyeLookIn"])
-    pupil_y = y0 - 0.01 + 0.085 * (c["eyeLookDown"] - c["eyeLookUp"])
-    pen.ellipse(pupil_x, pupil_y, 0.08, 0.08, look["iris"])
+    pupil_x = eye_x + 0.1 * side * (c.eyeLookOut - c.eyeLookIn)
+    pupil_y = eye_y - 0.01 + 0.085 * (c.eyeLookDown - c.eyeLookUp)
+    pen.ellipse(pupil_x, pupil_y, 0.08, 0.08, look.iris)
     pen.ellipse(pupil_x, pupil_y, 0.04, 0.04, DARK)
-    pen.band(x, upper, y0 - 0.02 - 0.2 * np.sqrt(arch), lid)  # the lids hide the iris
-    pen.band(x, lower, y0 - 0.02 + 0.2 * np.sqrt(arch), skin)
+    pen.band(x, upper, eye_y - 0.02 - 0.2 * np.sqrt(arch), lid)
+    pen.band(x, lower, eye_y - 0.02 + 0.2 * np.sqrt(arch), look.skin)
     pen.line(x, upper, DARK, 0.035)
-    pen.line(x, lower, mix(skin, DARK, 0.35 + 0.5 * squint), 0.02 + 0.02 * squint)
-    x0 += side * 0.05
-    pen.ellipse(x0, 0.2 - 0.07 * cheek, 0.13, 0.07, mix(skin, RED, 0.75 * cheek))
-    pen.line(x0 + 0.15 * t, 0.12 - 0.08 * cheek + 0.06 * t * t, mix(skin, DARK, 0.7 * cheek), 0.03)
-    down, inner, outer = c["browDown"], c["browInnerUp"], c["browOuterUp"]
-    x = side * (look["gap"] + np.array([-0.19, -0.02, 0.2]) - 0.02 * down)
-    y = np.array([0.13 * down - 0.17 * inner, 0.06 * down - 0.05 * inner - 0.08 * outer - 0.03,
-                  0.02 * down - 0.19 * outer + 0.02]) - 0.43
-    pen.line(x, y, look["hair"], look["brow"])
-    wing, bottom = side * 0.09 * look["nose"], 0.2 - 0.07 * sneer
-    pen.line([side * 0.05, wing], [-0.15, bottom - 0.03], mix(skin, DARK, 0.2), 0.025)
-    pen.ellipse(wing, bottom, 0.05 + 0.02 * sneer, 0.035, mix(skin, DARK, 0.45))
+    pen.line(x, lower, shade(0.35 + 0.5 * c.eyeSquint), 0.02 + 0.02 * c.eyeSquint)
+
+    # The cheek: a blush and the fold above it.
+    x = eye_x + side * 0.05
+    y = 0.12 - 0.08 * c.cheekSquint + 0.06 * t * t
+    blush = mix(look.skin, RED, 0.75 * c.cheekSquint)
+    pen.ellipse(x, 0.2 - 0.07 * c.cheekSquint, 0.13, 0.07, blush)
+    pen.line(x + 0.15 * t, y, shade(0.7 * c.cheekSquint), 0.03)
+
+    x = side * (look.gap + BROW_X - 0.02 * c.browDown)
+    y = BROW_DOWN * c.browDown - BROW_INNER_UP * c.browInnerUp - BROW_OUTER_UP * c.browOuterUp
+    pen.line(x, y + BROW_Y - 0.43, look.hair, look.brow)
+
+    # The nostril and its wing, which a sneer pulls up.
+    x, y = side * 0.09 * look.nose, 0.2 - 0.07 * c.noseSneer
+    pen.line([side * 0.05, x], [-0.15, y - 0.03], shade(0.2), 0.025)
+    pen.ellipse(x, y, 0.05 + 0.02 * c.noseSneer, 0.035, shade(0.45))
+
     for action, x, y in CREASES:
-        if c[action] > 0:
-            pen.line(side * np.array(x), y, mix(skin, DARK, 0.85 * c[action]), 0.03)
+        strength = getattr(c, action)
+        if strength > 0:
+            pen.line(side * np.array(x), y, shade(0.85 * strength), 0.03)
 
 def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
               style: str = "cartoon") -> Image.Image:
     """Draws a face of `size` pixels, every action visible; the identity alone fixes the looks."""
-    rng, palette = np.random.default_rng(list(str(identity).encode())), STYLES[style]
-    skins = [ImageColor.getrgb(color) for color in palette["skins"]]
+    rng = np.random.default_rng(list(str(identity).encode()))
+    palette = STYLES[style]
+
+    # The looks. The order of these lines decides which random number each of them gets.
+    skins = palette["skins"]
     tone = rng.uniform(0, len(skins) - 1.001)
-    skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
-    look = {"skin": skin, "lips": mix(skin, RED, rng.uniform(0.5, 0.9)),
-            "outline": palette["outline"], "hair": palette["hairs"][rng.integers(6)],
-            "iris": palette["irises"][rng.integers(4)]}
+    look = SimpleNamespace(outline=palette["outline"])
+    look.skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
+    look.lips = mix(look.skin, RED, rng.uniform(0.5, 0.9))
+    look.hair = palette["hairs"][rng.integers(6)]
+    look.iris = palette["irises"][rng.integers(4)]
     pen = Pen(size, tuple(rng.integers(60, 230, 3).tolist()), palette["line"])
-    look |= {part: rng.uniform(*ends) for part, ends in palette["proportions"].items()}
-    draw_head(pen, look, coefficients)
-    draw_mouth(pen, look, coefficients)
-    draw_side(pen, look, coefficients, 1)
-    draw_side(pen, look, coefficients, -1)
+    for part, ends in palette["proportions"].items():
+        setattr(look, part, rng.uniform(*ends))
+
+    c = SimpleNamespace(**coefficients)
+    draw_head(pen, look, c)
+    draw_mouth(pen, look, c)
+    draw_side(pen, look, c, 1)
+    draw_side(pen, look, c, -1)
     return pen.canvas.reduce(SUPERSAMPLE)
 
 def draw_all(records: list[dict], images: Path, style: str = "cartoon") -> list[dict]:
     """Draws all faces into a folder, on all cores; returns the records with their images."""
     images.mkdir(parents=True, exist_ok=True)
-    faces, people = zip(*((r["coefficients"], r.get("identity", "id000")) for r in records))
-    paths = [str(images.absolute() / f"{k:06d}.png") for k in range(len(records))]
+    faces = [record["coefficients"] for record in records]
+    people = [record.get("identity", "id000") for record in records]
+    drawn = []
     with ProcessPoolExecutor() as pool:
         pictures = pool.map(draw_face, faces, people, repeat(64), repeat(style), chunksize=64)
-        for path, picture in zip(paths, tqdm(pictures, "drawing", len(records), disable=None)):
+        bar = tqdm(zip(records, pictures), "drawing", len(records), disable=None)
+        for index, (record, picture) in enumerate(bar):
+            path = images.absolute() / f"{index:06d}.png"
             picture.save(path)
-    return [{**record, "image": path} for record, path in zip(records, paths)]
+            drawn.append({**record, "image": str(path)})
+    return drawn
 
 # Movements of the demo that are no emotion, as a blink, a wink, speech or chewing.
 GESTURES = [
@@ -524,33 +721,44 @@ GESTURES = [
     {"mouthShrugLower": 0.8, "mouthShrugUpper": 0.6, "mouthFrown_": 0.4},
     {"tongueOut": 0.9, "jawOpen": 0.4}, {"jawForward": 0.9, "mouthRollUpper": 0.3},
     {"mouthDimple_": 0.8, "mouthPress_": 0.5}]
+EXPRESSIONS = 2 * [pattern for _, pattern in EMOTIONS.values()] + GESTURES
+# Which way each of the gaze actions turns its eye: to the subject's left, up.
+GAZE = {"eyeLookOutLeft": (1, 0), "eyeLookInRight": (1, 0), "eyeLookInLeft": (-1, 0),
+        "eyeLookOutRight": (-1, 0), "eyeLookUpLeft": (0, 1), "eyeLookUpRight": (0, 1),
+        "eyeLookDownLeft": (0, -1), "eyeLookDownRight": (0, -1)}
+SIDES = {name: 1 if name.endswith("Left") else -1 for name in ARKIT_NAMES
+         if name.endswith(("Left", "Right"))}
+OPPOSITES = [("jawLeft", "jawRight"), ("mouthLeft", "mouthRight"),
+             ("mouthSmileLeft", "mouthFrownLeft"), ("mouthSmileRight", "mouthFrownRight")]
 
 def sample_expression(rng: np.random.Generator) -> dict:
     """Draws 52 plausible coefficients: one or two patterns, stray actions, asymmetry and a gaze."""
-    patterns = 2 * [pattern for _, pattern in EMOTIONS.values()] + GESTURES
     c = dict.fromkeys(ARKIT_NAMES, 0.0)
     for strength in (rng.uniform(0.3, 1.1), rng.uniform(0.2, 0.8) * (rng.random() < 0.4)):
-        pattern = patterns[rng.integers(len(patterns))]
-        for name, value in expand(pattern, mirrored=rng.random() < 0.5).items():
+        pattern = expand(EXPRESSIONS[rng.integers(len(EXPRESSIONS))])
+        if rng.random() < 0.5:
+            pattern = mirror(pattern)
+        for name, value in pattern.items():
             c[name] = max(c[name], value * strength * rng.uniform(0.8, 1.2))
     for name in rng.choice(ARKIT_NAMES, rng.integers(1, 6), replace=False):
         c[name] = max(c[name], rng.uniform(0.2, 1.0))
+
+    # One side of the face is stronger than the other, and every action varies a little.
     tilt = rng.normal(0, 0.15)
     for name in ARKIT_NAMES:
-        side = name.endswith("Left") - name.endswith("Right")  # 1, -1 or, in the middle, 0
-        c[name] *= 1 + tilt * side + rng.normal(0, 0.08)
-    # The two eyes turn together, x > 0 to the subject's left; a closed eye shows none of this.
-    x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
-    gaze = {"OutLeft": x, "InRight": x, "InLeft": -x, "OutRight": -x,
-            "UpLeft": y, "UpRight": y, "DownLeft": -y, "DownRight": -y}
-    for end, value in gaze.items():
-        c["eyeLook" + end] = max(value, 0.0) * rng.uniform(0.9, 1.1)
+        c[name] *= 1 + tilt * SIDES.get(name, 0) + rng.normal(0, 0.08)
+
+    # The two eyes turn together; a closed eye shows none of this.
+    gaze = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
+    for name, direction in GAZE.items():
+        turn = gaze[0] * direction[0] + gaze[1] * direction[1]
+        c[name] = max(turn, 0.0) * rng.uniform(0.9, 1.1)
     for name in ARKIT_NAMES:
         if name.startswith(("eyeLook", "eyeWide", "eyeSquint")):
             c[name] *= 1 - c["eyeBlinkLeft" if name.endswith("Left") else "eyeBlinkRight"]
+
     # Opposite actions cancel in a drawing as in a face: the weaker one gives way.
-    for pair in (("jawLeft", "jawRight"), ("mouthLeft", "mouthRight"),
-                 ("mouthSmileLeft", "mouthFrownLeft"), ("mouthSmileRight", "mouthFrownRight")):
+    for pair in OPPOSITES:
         c[min(pair, key=c.get)] = 0.0
     c["mouthClose"] = min(c["mouthClose"], c["jawOpen"])  # ARKit: closes the lips over an open jaw
     return {name: round(min(max(0.0, value), 1.0), 3) for name, value in c.items()}
@@ -558,43 +766,61 @@ def sample_expression(rng: np.random.Generator) -> dict:
 def make_demo(folder: Path, args: argparse.Namespace) -> None:
     """Draws the demo, 20 faces a person: train.jsonl, val.jsonl of one person in twelve, who is not
     in training, and shift.jsonl with the faces of val.jsonl in another drawing style."""
-    records = [{"identity": f"id{args.seed * 10_000 + index // 20:03d}",  # fixes the looks
-                "coefficients": sample_expression(np.random.default_rng([args.seed, index]))}
-               for index in range(args.demo)]
-    held_out = max(1, args.demo // 20 // 12) * 20 + args.demo % 20
+    records = []
+    for index in range(args.demo):
+        person = args.seed * 10_000 + index // 20  # whose name fixes the looks
+        coefficients = sample_expression(np.random.default_rng([args.seed, index]))
+        records.append({"identity": f"id{person:03d}", "coefficients": coefficients})
+
+    people = math.ceil(args.demo / 20)
+    first = 20 * (people - people // 12)  # the first face of the people held out
     drawn = draw_all(records, folder / "images")
-    shift = draw_all(records[-held_out:], folder / "images_comic", "comic")
-    for name, part in (("train", drawn[:-held_out]), ("val", drawn[-held_out:]), ("shift", shift)):
-        write_records(folder / f"{name}.jsonl", part, args)
-    print("next: python distill.py" + (f" --data {folder / 'train.jsonl'}" if args.out else ""))
+    shift = draw_all(records[first:], folder / "images_comic", "comic")
+    write_records(folder / "train.jsonl", drawn[:first], args)
+    write_records(folder / "val.jsonl", drawn[first:], args)
+    write_records(folder / "shift.jsonl", shift, args)
+    print(f"next: python distill.py --data {folder / 'train.jsonl'}")
 
 # ---- The stage itself ----------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> None:
     """Draws the demo, or describes the records of every INPUT."""
     if min(args.every, args.batch_size, args.limit or 1) < 1 or args.demo < 240:
-        raise SystemExit(f"--every {args.every}, --batch-size {args.batch_size}, --limit "
-                         f"{args.limit}: at least 1; --demo {args.demo}: at least 240")
+        raise SystemExit(f"--demo {args.demo}, --every {args.every}: expected at least 240, and at "
+                         "least 1 for --every, --batch-size and --limit")
+    if args.frames and len(args.inputs) != 1:
+        raise SystemExit(f"--frames {args.frames} belongs to one INPUT; annotate one after another")
     if not args.inputs:
-        args.demo = max(240, min(args.demo, args.limit or args.demo))
         return make_demo(Path(args.out or "data/demo"), args)
-    counts = Counter()
-    parts = (read_records(Path(name), args, counts) for name in args.inputs)
+
+    # Read.
+    inputs, counts = [Path(name) for name in args.inputs], Counter()
+    parts = (read_records(path, args, counts) for path in inputs)
     records = list(islice(chain.from_iterable(parts), args.limit))
     if not records:
         raise SystemExit(f"{', '.join(args.inputs):.200}: no usable record {dict(counts)}")
-    ending = ".avatars" if args.render else ".annotated.jsonl"
-    out = Path(args.out or Path(args.inputs[0]).with_suffix(ending))
-    if out.absolute() in [Path(name).absolute() for name in args.inputs]:
-        raise SystemExit(f"--out {out} is an INPUT and would be overwritten; choose another file")
+
+    # Whatever is read must not be overwritten, under whatever spelling.
+    out = Path(args.out or inputs[0].with_suffix(".avatars" if args.render else ".annotated.jsonl"))
+    images = out / "images"
     if args.render:
-        records, out = draw_all(records, out / "images"), out / "records.jsonl"
+        out = out / "records.jsonl"
+    used = {path.resolve() for path in inputs}
+    used |= {Path(record["image"]).resolve().parent for record in records if record["image"]}
+    if used & {out.resolve(), images.resolve()}:
+        raise SystemExit(f"--out {args.out} is an INPUT or holds the pictures of one, which would "
+                         "be overwritten; choose another")
+
+    # Draw, describe and write.
+    if args.render:
+        records = draw_all(records, images)
     write_records(out, records, args)
-    print("".join(f"{count} {what}\n" for what, count in counts.items() if count), end="")
-    if not args.render and all(record.get("image") for record in records):
+    for what, count in counts.items():
+        print(f"{count} {what}")
+    if not args.render and all(record["image"] for record in records):
         print(f"next: python distill.py --data {out}")
 
 if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command starts again, with --llm it goes on")
+        raise SystemExit("interrupted; with --llm, --resume goes on, else start again")

@@ -29,8 +29,6 @@ import evaluate
 import infer
 
 ROOT = Path(__file__).parent
-LINES = {"annotate.py": 600, "distill.py": 700, "infer.py": 560, "evaluate.py": 430,
-         "test_all.py": 850, "README.md": 190}  # at most
 SCRIPTS = {"annotate": annotate, "distill": distill, "infer": infer, "evaluate": evaluate}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 NAMES = annotate.ARKIT_NAMES
@@ -80,14 +78,10 @@ def test_copied_pieces_are_identical():
     assert (distill.FIELDS, distill.VALUES, distill.PARTS) == (infer.FIELDS, infer.VALUES, infer.PARTS)
     assert annotate.FIELDS == infer.FIELDS and annotate.ACTIVE == evaluate.ACTIVE and len(set(NAMES)) == 52
 
-@pytest.mark.parametrize("name", LINES)
-def test_files_keep_to_their_budgets_and_scripts_stand_alone(name, tmp_path):
-    lines = (ROOT / name).read_text().splitlines()
-    assert len(lines) <= LINES[name]
-    if name.removesuffix(".py") in SCRIPTS:
-        assert max(map(len, lines)) <= 100
-        (tmp_path / name).write_text((ROOT / name).read_text())
-        assert "--out" in subprocess.check_output([sys.executable, name, "--help"], cwd=tmp_path, text=True)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_stand_alone(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    assert "--out" in subprocess.check_output([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, text=True)
 
 def test_readme_commands_parse_and_its_code_map_is_true():
     readme = (ROOT / "README.md").read_text()
@@ -99,50 +93,163 @@ def test_readme_commands_parse_and_its_code_map_is_true():
     pieces = re.findall(r"`(annotate|distill|infer|evaluate)\.(?!py`)(\w+)`", readme)
     assert len(pieces) >= 12 and all(hasattr(SCRIPTS[script], piece) for script, piece in pieces)
 
-# ---- annotate.py -----------------------------------------------------------------------------------
+# ---- annotate.py: the words ------------------------------------------------------------------------
+# What the words mean, spelled here once more: subject, verb and whose muscle it is.
+SINGLE = {
+    ("inner brows", "raised"): "browInnerUp", ("cheeks", "puffed"): "cheekPuff",
+    ("lips", "funneled"): "mouthFunnel", ("lips", "puckered"): "mouthPucker",
+    ("lips", "closed over the jaw"): "mouthClose", ("upper lip", "rolled in"): "mouthRollUpper",
+    ("lower lip", "rolled in"): "mouthRollLower", ("upper lip", "pushed up"): "mouthShrugUpper",
+    ("lower lip", "pushed up"): "mouthShrugLower", ("mouth", "shifted left"): "mouthLeft",
+    ("mouth", "shifted right"): "mouthRight", ("jaw", "opened"): "jawOpen",
+    ("jaw", "pushed forward"): "jawForward", ("jaw", "shifted left"): "jawLeft",
+    ("jaw", "shifted right"): "jawRight", ("tongue", "put out"): "tongueOut"}
+PAIRED = {  # the muscle of the subject's left side, then of the right
+    ("outer brow", "raised"): ("browOuterUpLeft", "browOuterUpRight"),
+    ("brow", "lowered"): ("browDownLeft", "browDownRight"),
+    ("eye", "closed"): ("eyeBlinkLeft", "eyeBlinkRight"),
+    ("eye", "widened"): ("eyeWideLeft", "eyeWideRight"),
+    ("eye", "squinted"): ("eyeSquintLeft", "eyeSquintRight"),
+    ("eye", "looking up"): ("eyeLookUpLeft", "eyeLookUpRight"),
+    ("eye", "looking down"): ("eyeLookDownLeft", "eyeLookDownRight"),
+    # The left eye looks to the left by turning out, away from the nose, the right eye by turning in.
+    ("eye", "looking left"): ("eyeLookOutLeft", "eyeLookInRight"),
+    ("eye", "looking right"): ("eyeLookInLeft", "eyeLookOutRight"),
+    ("nostril", "pulled up"): ("noseSneerLeft", "noseSneerRight"),
+    ("cheek", "raised"): ("cheekSquintLeft", "cheekSquintRight"),
+    ("lip corner", "raised"): ("mouthSmileLeft", "mouthSmileRight"),
+    ("lip corner", "lowered"): ("mouthFrownLeft", "mouthFrownRight"),
+    ("lip corner", "tucked in"): ("mouthDimpleLeft", "mouthDimpleRight"),
+    ("lip corner", "stretched"): ("mouthStretchLeft", "mouthStretchRight"),
+    ("lip side", "pressed"): ("mouthPressLeft", "mouthPressRight"),
+    ("upper lip side", "raised"): ("mouthUpperUpLeft", "mouthUpperUpRight"),
+    ("lower lip side", "lowered"): ("mouthLowerDownLeft", "mouthLowerDownRight")}
+SIGNS = {  # at least one of these moves where an emotion is named
+    "happiness": ("mouthSmile", "cheekSquint"), "sadness": ("browInnerUp", "browDown", "mouthFrown"),
+    "surprise": ("browInnerUp", "browOuterUp", "eyeWide", "jawOpen"),
+    "fear": ("browInnerUp", "browOuterUp", "browDown", "eyeWide", "eyeSquint", "mouthStretch", "jawOpen"),
+    "anger": ("browDown", "eyeWide", "eyeSquint", "mouthPress"),
+    "disgust": ("noseSneer", "mouthUpperUp", "mouthFrown"), "contempt": ("mouthSmile", "mouthDimple")}
+AT_REST, SLIGHT, MODERATE, STRONG = range(4)
+
+def strength(value: float) -> int:
+    return AT_REST if value < 0.15 else SLIGHT if value < 0.4 else MODERATE if value < 0.7 else STRONG
+
+def read_movements(text: str) -> dict:
+    """{ARKit name: strength} of what a description says, None for words that mean nothing."""
+    said = {}
+    for phrase in re.sub(r"\b[A-Z][a-z]+: |\.(?= |$)", "", text.replace(". ", ", ")).split(", "):
+        match = re.fullmatch(r"(?:(left|right|both) )?(.+) (slightly|moderately|strongly) (.+)", phrase)
+        side, subject, adverb, verb = match.groups()
+        level = {"slightly": SLIGHT, "moderately": MODERATE, "strongly": STRONG}[adverb]
+        if side is None:
+            names = [SINGLE[subject, verb]]
+        elif side == "both":
+            names = PAIRED[subject.removesuffix("s"), verb]
+            assert subject.endswith("s")
+        else:
+            names = [PAIRED[subject, verb][side == "right"]]
+        assert not said.keys() & set(names), f"{phrase} is said twice"
+        said |= dict.fromkeys(names, level)
+    return said
+
+def assert_words_fit(face: dict, words: dict) -> None:
+    """Every field of a description against the numbers, with no table of annotate.py."""
+    true = {name: strength(value) for name, value in face.items()}
+    moving = {name: level for name, level in true.items() if level}
+    text = words["muscle_movements"]
+    assert (read_movements(text) if text != "No visible movement." else {}) == moving
+
+    category, emotional = words["expression_category"], {
+        name: level for name, level in moving.items() if not name.startswith(("eyeLook", "eyeBlink"))}
+    assert (category == "neutral") == (not emotional)
+    degree = re.match("slight |strong |", category)[0]
+    emotions = category.removeprefix(degree).split(" mixed with ")
+    if emotions == ["neutral"] or emotions == ["movement without a clear emotion"]:
+        assert words["emotional_implication"] == "not clearly observable"
+    else:
+        levels = [level for name, level in emotional.items() if name.startswith(SIGNS[emotions[0]])]
+        assert all(any(name.startswith(SIGNS[emotion]) for name in emotional) for emotion in emotions)
+        assert len(emotions) == 2 or degree == ["", "slight ", "", "strong "][max(levels)]
+        corners = [side for side in ("Left", "Right") if true["mouthSmile" + side] or true["mouthDimple" + side]]
+        assert "contempt" not in emotions or len(corners) == 1
+
+    sides = {}  # of each region: on which side some pair is stronger
+    for left, right in PAIRED.values():
+        if true[left] != true[right] and not left.startswith("eyeLook"):
+            region = re.match("brow|eye|nose|cheek|mouth", left)[0].replace("brow", "brows").replace(
+                "eye", "eyes").replace("cheek", "cheeks")
+            sides.setdefault(region, set()).add("left" if true[left] > true[right] else "right")
+    said = {}
+    for part in re.split(", |; ", words["symmetry"]):
+        match = re.fullmatch(r"(?:stronger on the )?(left|right) (\w+)|(?:mixed in the )?(\w+)", part)
+        said[match[2] or match[3]] = {match[1]} if match[1] else {"left", "right"}
+    assert (said if words["symmetry"] != "symmetric" else {}) == sides
+
+def random_faces(count: int, seed: int = 0):
+    """Sparse and dense faces, many values at or beside the borders 0.15, 0.4 and 0.7."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        values = rng.uniform(0, 1, 52) * (rng.random(52) < (0.1, 0.3, 1.0)[index % 3])
+        border = rng.choice([0.15, 0.4, 0.7], 52) + rng.choice([-0.01, -1e-9, 0, 0.01], 52)
+        values = np.where(rng.random(52) < (0.0, 0.1, 0.5)[index % 3], border, values)
+        if index % 2:  # pairs that move nearly alike
+            values = dict(zip(NAMES, values.tolist()))
+            for left, right in PAIRED.values():
+                values[right] = min(max(0.0, values[left] + rng.choice([0, 0.02, -0.02])), 1.0)
+            values = np.array(list(values.values()))
+        yield dict(zip(NAMES, values.tolist()))
+
+def test_words_never_contradict_the_numbers():
+    for face in random_faces(3000):
+        words = annotate.describe(face)
+        assert_words_fit(face, words)
+        assert not any(map(annotate.LOOP.search, words.values()))
+
+def test_words_follow_from_the_bands_alone():
+    middles = {AT_REST: 0.07, SLIGHT: 0.3, MODERATE: 0.5, STRONG: 0.9}
+    for face in random_faces(300, seed=1):
+        same_bands = {name: middles[strength(value)] for name, value in face.items()}
+        assert annotate.describe(face) == annotate.describe(same_bands)
+
+def test_words_of_the_demo_s_faces_and_of_prototypes():
+    for index in range(500):
+        face = annotate.sample_expression(np.random.default_rng(index))
+        assert_words_fit(face, annotate.describe(face))
+    for emotion, names in SIGNS.items():
+        sides = ("Left",) if emotion == "contempt" else ("Left", "Right", "")
+        face = ZEROS | {stem + side: 0.9 for stem in names for side in sides if stem + side in NAMES}
+        assert emotion in annotate.describe(face)["expression_category"]
+
+@pytest.mark.parametrize("face, expected", [
+    ({}, ["neutral", "No visible movement.", "not clearly observable", "symmetric"]),
+    ({"mouthSmileLeft": 0.14, "mouthSmileRight": 0.16},
+     ["contempt mixed with happiness", "Mouth: right lip corner slightly raised.",
+      "disdain or smugness, with joy or amusement", "stronger on the right mouth"]),
+    ({"mouthSmileLeft": 0.14, "mouthSmileRight": 0.14, "cheekSquintLeft": 0.14, "cheekSquintRight": 0.14, "tongueOut": 0.15},
+     ["movement without a clear emotion", "Tongue: tongue slightly put out.", "not clearly observable", "symmetric"]),
+    ({"mouthSmileLeft": 0.39, "mouthSmileRight": 0.41, "cheekSquintLeft": 0.5, "cheekSquintRight": 0.5},
+     ["happiness", "Cheeks: both cheeks moderately raised. Mouth: left lip corner slightly raised, right lip corner "
+      "moderately raised.", "joy or amusement", "stronger on the right mouth"]),
+    ({"eyeLookOutLeft": 0.5, "eyeLookInRight": 0.5}, ["neutral", "Eyes: both eyes moderately looking left.",
+                                                     "not clearly observable", "symmetric"]),
+    ({"mouthPressLeft": 0.9, "mouthDimpleRight": 0.2, "browDownLeft": 0.8}, ["strong anger",
+     "Brows: left brow strongly lowered. Mouth: right lip corner slightly tucked in, left lip side strongly pressed.",
+     "irritation or determination", "stronger on the left brows; mixed in the mouth"])])
+def test_description_of_known_faces(face, expected):
+    assert list(annotate.describe({**ZEROS, **face}).values()) == expected
+
+@pytest.mark.parametrize("both", [{"mouthDimple": 0.8}, {"mouthSmile": 0.7, "mouthDimple": 0.7}])
+def test_contempt_is_one_sided(both):
+    left, right = ({stem + side: value for stem, value in both.items()} for side in ("Left", "Right"))
+    assert "contempt" not in annotate.describe({**ZEROS, **left, **right})["expression_category"]
+    for side in (left, right):
+        assert annotate.describe({**ZEROS, **side})["expression_category"] == "strong contempt"
+
+# ---- annotate.py: files and drawings ---------------------------------------------------------------
 def read_input(path, *flags) -> tuple[list, Counter]:
     counts = Counter()
     return list(annotate.read_records(Path(path), annotate.parse_args([*map(str, flags)]), counts)), +counts
-
-def mediapipe(values: dict) -> dict:
-    """The face of one picture as MediaPipe's Face Landmarker gives it."""
-    return {"faceBlendshapes": [{"categories": [{"categoryName": name, "score": value}
-                                                for name, value in values.items()]}]}
-
-def invert_movements(text: str) -> dict:
-    """Reads a description back: {ARKit name: adverb of its intensity}, by the tables alone."""
-    found = {}
-    for region, actions in annotate.MOVEMENTS.items():
-        match = re.search(rf"{region}: (.*?)\.", text)
-        for phrase in match.group(1).split(", ") if match else []:
-            for key, template in actions.items():
-                names, (noun, verb) = annotate.sides(key), template.split(" * ")
-                pair = {f"left {noun}": names[:1], f"right {noun}": names[1:], f"both {noun}s": names}
-                for subject, subject_names in (pair if len(names) > 1 else {noun: names}).items():
-                    for _, adverb in annotate.BANDS:
-                        if phrase == f"{subject} {adverb} {verb}":
-                            found |= dict.fromkeys(subject_names, adverb)
-    return found
-
-def test_words_give_back_every_active_coefficient():
-    for index in range(300):
-        coefficients = annotate.sample_expression(np.random.default_rng(index))
-        active = {name: value for name, value in coefficients.items() if value >= annotate.ACTIVE}
-        expected = {name: annotate.intensity(value) for name, value in active.items()}
-        words = annotate.describe(coefficients)
-        assert invert_movements(words["muscle_movements"]) == expected
-        assert not any(map(annotate.LOOP.search, words.values()))
-    assert annotate.LOOP.search("both eyes, eye-eye-eye-eye") and annotate.LOOP.search("up, up, up, up, up, ")
-
-def test_description_of_known_faces():
-    words = ["neutral", "No visible movement.", "not clearly observable", "symmetric"]
-    assert annotate.describe(ZEROS) == dict(zip(infer.FIELDS, words))
-    face = {"mouthSmileLeft": 0.9, "mouthSmileRight": 0.3, "cheekSquintLeft": 0.5, "cheekSquintRight": 0.5}
-    smile = annotate.describe({**ZEROS, **face})
-    assert "happiness" in smile["expression_category"] and smile["symmetry"] == "stronger on the left mouth"
-    assert "left lip corner strongly raised, right lip corner slightly raised" in smile["muscle_movements"]
-    for emotion, pattern in annotate.PROTOTYPES:
-        assert emotion in annotate.describe({**ZEROS, **pattern})["expression_category"]
 
 def test_every_action_shows_and_left_is_right_in_the_picture():
     base = {**ZEROS, "jawOpen": 0.5}  # mouthClose works on an open jaw
@@ -171,70 +278,130 @@ def test_demo_is_reproducible_splits_by_identity_and_shifts_in_style_only(demo, 
     for again, record in zip(read_jsonl(tmp_path / "again" / "records.jsonl"), val, strict=True):
         assert (tmp_path / "again" / again["image"]).read_bytes() == (demo / record["image"]).read_bytes()
 
-def test_livelink_round_trip_and_dialects(demo, tmp_path):
+def test_livelink_take_gives_back_what_was_written(demo, tmp_path):
     records = [{**record, "error": None} for record in read_jsonl(demo / "val.jsonl")]
     infer.write_livelink(tmp_path / "take.csv", records, fps=60)
     back, _ = read_input(tmp_path / "take.csv")
     expected = [pytest.approx(record["coefficients"], abs=1e-6) for record in records]
     assert [record["coefficients"] for record in back] == expected
-    lines = [line.split(",") for line in (tmp_path / "take.csv").read_text().splitlines()]
-    assert len(lines[0]) == 63 and lines[-1][0] == "00:00:00:19.000"
-    shuffled = [line[::-1] + ["extra"] for line in lines]  # other column order, extra column, BOM and CRLF
-    (tmp_path / "dialect.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(",".join, shuffled)).encode())
-    assert read_input(tmp_path / "dialect.csv")[0] == [{**record, "identity": "dialect"} for record in back]
-    counts = Counter()  # real takes overshoot
-    clipped = annotate.check_coefficients({**ZEROS, "eyeLookInLeft": 1.053}, counts)
-    assert clipped["eyeLookInLeft"] == 1.0 and counts["clipped values"] == 1
 
-def test_other_forms_of_coefficients(tmp_path):
-    values = {name: round(k / 100, 2) for k, name in enumerate(NAMES)}
-    without_tongue = {name: value for name, value in values.items() if name != "tongueOut"}
-    face = mediapipe({"_neutral": 0.9, **without_tongue})
-    categories = face["faceBlendshapes"][0]["categories"]
-    short = {re.sub("(?<!jaw)(?<!mouth)(Left|Right)$", lambda side: "_" + side[0][0], name): value
-             for name, value in values.items()}
-    capital = {name[0].upper() + name[1:]: value for name, value in values.items()}
-    forms = {"one.json": (face, 1), "bare.json": ([categories, categories], 2), "many.json": ([face] * 3, 3),
-             "short.jsonl": ({"coefficients": short}, 1), "capital.jsonl": ({"coefficients": capital}, 1)}
-    for name, (value, count) in forms.items():
-        (tmp_path / name).write_text(json.dumps(value))
-        records, counts = read_input(tmp_path / name)
-        expected = {**without_tongue, "tongueOut": 0.0} if name.endswith(".json") else values
-        assert counts == ({"records without tongueOut, set to 0": count} if name.endswith(".json") else {})
-        assert [record["coefficients"] for record in records] == [expected] * count, name
-    for message, value in (("divide percentages", {**values, "jawOpen": 73}), ("Error", [0.5]),
-                           ("unknown", {**values, "jawDrop": 0.5})):
-        assert_refused(message, annotate, write_jsonl(tmp_path / "refused.jsonl", [{"coefficients": value}]))
+def test_takes_are_read_by_column_name(tmp_path):
+    face = {name: round(k / 100, 2) for k, name in enumerate(NAMES)}
+    columns = ["Extra", *[name[0].upper() + name[1:] for name in reversed(NAMES)], "Timecode"]
+    rows = [columns, ["x", *[str(face[name]) for name in reversed(NAMES)], "00:00:00:00.000"], []]
+    text = "\r\n".join(map(",".join, rows))
+    (tmp_path / "take.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())  # byte order mark, CRLF, a blank line
+    records, counts = read_input(tmp_path / "take.csv")
+    assert records == [{"image": None, "coefficients": face, "identity": "take"}] and not counts
 
-def test_rows_keep_their_pictures(tmp_path):
-    rows = [{"coefficients": {**ZEROS, "jawOpen": k / 10}, "error": None} for k in range(7)]
-    infer.write_livelink(tmp_path / "take.csv", rows, fps=30)
-    frames = tmp_path / "frames"
-    frames.mkdir()
-    for k in range(7):
-        Image.new("RGB", (8, 8)).save(frames / f"{k}.png")
-    records, _ = read_input(tmp_path / "take.csv", "--frames", frames, "--every", 3)
+def test_rows_without_values_are_left_out_and_counted_and_keep_their_frame(tmp_path):
+    take = make_take(tmp_path, 4)
+    lines = take.read_text().splitlines()
+    lines[2] = "00:00:00:01.000,0" + "," * 61
+    take.write_text("\n".join(lines + ["00:00:00:04.000,0"]))
+    frames = make_frames(tmp_path, "frame{}.png", range(1, 6))
+    records, counts = read_input(take, "--frames", frames)
+    assert [Path(record["image"]).name for record in records] == ["frame1.png", "frame3.png", "frame4.png"]
+    assert [record["coefficients"]["jawOpen"] for record in records] == pytest.approx([0.0, 0.2, 0.3])
+    assert counts == {"without a face, values or a prediction, left out": 2}
+
+def make_take(folder: Path, count: int) -> Path:
+    """A take whose row k opens the jaw by k / 10."""
+    rows = [{"coefficients": {**ZEROS, "jawOpen": k / 10}, "error": None} for k in range(count)]
+    infer.write_livelink(folder / "take.csv", rows, fps=30)
+    return folder / "take.csv"
+
+def make_frames(folder: Path, pattern: str, numbers) -> Path:
+    (folder / "frames").mkdir()
+    for k in numbers:
+        Image.new("RGB", (8, 8)).save(folder / "frames" / pattern.format(k))
+    return folder / "frames"
+
+def test_frames_are_paired_in_the_order_a_person_counts(tmp_path):
+    frames = make_frames(tmp_path, "Frame{}.png", range(12, 0, -1))
+    (frames / "frame7.png").write_bytes((frames / "Frame7.png").read_bytes())
+    (frames / "Frame7.png").unlink()
+    for name in ("._Frame1.png", ".DS_Store", "notes.txt"):
+        (frames / name).write_bytes(b"no picture")
+    take = tmp_path / "take.csv"
+    rows = [{"coefficients": {**ZEROS, "jawOpen": k / 12}, "error": None} for k in range(12)]
+    infer.write_livelink(take, rows, fps=30)
+    records, _ = read_input(take, "--frames", frames)
+    numbers = [int(re.search(r"\d+", Path(record["image"]).name)[0]) for record in records]
+    assert numbers == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert [record["coefficients"]["jawOpen"] for record in records] == pytest.approx([k / 12 for k in range(12)])
+
+def test_every_nth_row_keeps_its_frame(tmp_path):
+    records, _ = read_input(make_take(tmp_path, 7), "--frames", make_frames(tmp_path, "{}.png", range(7)), "--every", 3)
     assert [Path(record["image"]).stem for record in records] == ["0", "3", "6"]
     assert [record["coefficients"]["jawOpen"] for record in records] == pytest.approx([0.0, 0.3, 0.6])
-    faces = [mediapipe(dict.fromkeys(NAMES, 0.5))] * 7
-    faces[1] = {"faceBlendshapes": []}  # in the second picture no face was found
-    (tmp_path / "faces.json").write_text(json.dumps(faces))
-    records, counts = read_input(tmp_path / "faces.json", "--frames", frames)
-    assert [Path(record["image"]).stem for record in records] == ["0", "2", "3", "4", "5", "6"]
-    assert counts == {"without a face or a prediction left out": 1}
+
+MEDIAPIPE = {name: round(k / 100, 2) for k, name in enumerate(NAMES) if name != "tongueOut"}
+
+@pytest.mark.parametrize("form", ["javascript", "python", "bare", "many"])
+def test_mediapipe_s_results_are_read(form, tmp_path):
+    keys = ("category_name", "score") if form == "python" else ("categoryName", "score")
+    face = [dict(zip(keys, item)) for item in {"_neutral": 0.9, **MEDIAPIPE}.items()]
+    results = {"javascript": {"faceBlendshapes": [{"categories": face}]}, "python": {"face_blendshapes": [face]},
+               "bare": [face], "many": [{"faceBlendshapes": [{"categories": face}]}, {"faceBlendshapes": []}]}
+    (tmp_path / "anna.json").write_text("\ufeff" + json.dumps(results[form]), encoding="utf-8")
+    records, counts = read_input(tmp_path / "anna.json")
+    assert records == [{"image": None, "coefficients": {**MEDIAPIPE, "tongueOut": 0.0}, "identity": "anna"}]
+    assert counts["records without tongueOut, set to 0"] == 1
+    assert counts["without a face, values or a prediction, left out"] == (form == "many")
+
+@pytest.mark.parametrize("spell", [
+    lambda name: re.sub("(?<!jaw)(?<!mouth)(Left|Right)$", lambda side: "_" + side[0][0], name),
+    lambda name: name[0].upper() + name[1:]])
+def test_records_with_other_spellings_are_read(spell, tmp_path):
+    values = {name: round(k / 100, 2) for k, name in enumerate(NAMES)}
+    path = write_jsonl(tmp_path / "a.jsonl", [{"coefficients": {spell(name): x for name, x in values.items()}, "age": 7}])
+    assert read_input(path)[0] == [{"image": None, "coefficients": values, "age": 7}]  # other fields stay
+
+def test_clipping_is_reported_from_a_hundredth_on():
+    counts = Counter()
+    given = {**ZEROS, "eyeLookInLeft": 1.053, "jawOpen": 1.0005, "mouthLeft": -0.009, "mouthRight": -0.02}
+    values = annotate.standardize(given, counts)
+    assert (values["eyeLookInLeft"], values["jawOpen"], values["mouthLeft"], values["mouthRight"]) == (1, 1, 0, 0)
+    assert counts == {"values clipped by 0.01 or more": 2}
+
+def test_identity_is_who_is_seen_in_all_inputs(demo, tmp_path):
+    inputs = [make_take(tmp_path, 2), demo / "val.jsonl"]
+    run_main(annotate, *inputs, "--identity", "anna", "--out", tmp_path / "o.jsonl")
+    assert {record["identity"] for record in read_jsonl(tmp_path / "o.jsonl")} == {"anna"}
+    run_main(annotate, *inputs, "--out", tmp_path / "o.jsonl")
+    assert {record["identity"] for record in read_jsonl(tmp_path / "o.jsonl")} == {"take", "id011"}
 
 def test_lines_end_at_newlines_and_images_are_relative_to_the_records(demo, tmp_path):
     record = read_jsonl(demo / "train.jsonl")[0]
     record |= {"image": str(demo / record["image"]), "identity": "a\u2028b\x85c"}  # which str.splitlines cuts
     path, out = tmp_path / "labels.jsonl", tmp_path / "sub" / "o.jsonl"
-    path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(f"\ufeff{json.dumps(record, ensure_ascii=False)}\n\n  \n", encoding="utf-8")  # a mark, blank lines
     run_main(annotate, path, "--out", out)
     written = json.loads(out.read_text())
     assert written["identity"] == record["identity"] and not os.path.isabs(written["image"])
-    for file in (path, out):
+    for file in (out,):
         assert len(distill.read_records(file, "numeric", None)) == len(evaluate.read_records(file)) == 1
         assert infer.list_images([str(file)])[0].is_file()
 
+@pytest.mark.parametrize("flags", [["--out", "sub/../a.jsonl"], ["--out", "link.jsonl"], ["--render", "--out", "."]])
+def test_nothing_that_was_read_is_overwritten(flags, demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "images").mkdir()
+    record = read_jsonl(demo / "val.jsonl")[0]
+    (tmp_path / "images" / "000000.png").write_bytes((demo / record["image"]).read_bytes())
+    path = write_jsonl(tmp_path / "a.jsonl", [{**record, "image": "images/000000.png"}])
+    (tmp_path / "link.jsonl").symlink_to(path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    assert_refused("would be overwritten", annotate, "a.jsonl", *flags)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == before
+
+def test_limit_leaves_the_demo_s_size_alone(tmp_path):
+    run_main(annotate, "--demo", 260, "--limit", 4, "--out", tmp_path)
+    assert len(read_jsonl(tmp_path / "train.jsonl")) + len(read_jsonl(tmp_path / "val.jsonl")) == 260
+
+# ---- annotate.py: the frozen language model --------------------------------------------------------
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, with Qwen-VL's special tokens: as in Qwen's own, every digit stands alone."""
     ids = {byte: k for k, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -244,11 +411,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=special,
                                    eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
-def make_llm(folder: Path) -> Path:
-    """A chat model in which each character decides the next: it writes calm" again and again."""
+def make_llm(folder: Path, words: str = "calm") -> Path:
+    """A chat model that writes `words`, one token, and a closing quote in every field."""
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}\nAnswer:"
-    size, ids = 300, tokenizer.encode('"calm"')
+    tokenizer.add_tokens([words])
+    tokenizer.chat_template = "{% if enable_thinking %}think{% endif %}{{ messages[0]['content'] }}Answer:"
+    size, (quote, token) = 300, tokenizer.encode('"' + words)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=size, hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
@@ -256,31 +424,58 @@ def make_llm(folder: Path) -> Path:
         for weight in [*model.model.layers.parameters(), model.lm_head.weight]:
             weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(size))
-        model.lm_head.weight[ids[1:], ids[:-1]] = 1.0
+        model.lm_head.weight[token, quote] = model.lm_head.weight[quote, token] = 1.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
-def test_frozen_llm_describes_and_rules_stand_in(demo, tmp_path, monkeypatch):
-    llm, truth = make_llm(tmp_path / "llm"), read_jsonl(demo / "val.jsonl")[:7]
-    flags, out = [demo / "val.jsonl", "--limit", 7, "--batch-size", 3, "--llm", llm], tmp_path / "parts.jsonl"
-    for limit, description, annotator in ((20, dict.fromkeys(annotate.FIELDS, "calm"), str(llm)),
-                                          (3, None, "rules, since")):  # too short for a whole text
-        monkeypatch.setattr(annotate, "LLM_TOKENS", limit)
-        run_main(annotate, *flags, "--out", tmp_path / f"{limit}.jsonl")
-        for record, true in zip(read_jsonl(tmp_path / f"{limit}.jsonl"), truth, strict=True):
-            assert record["description"] == (description or true["description"])
-            assert record["annotator"].startswith(annotator) and record["coefficients"] == true["coefficients"]
-    monkeypatch.setattr(annotate, "LLM_TOKENS", 20)
-    interrupted = Mock(wraps=annotate.ask_llm, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt, DEFAULT])
-    monkeypatch.setattr(annotate, "ask_llm", interrupted)
+@pytest.mark.parametrize("words, text", [("calm", "calm"), (r'a \"wide\" grin, \\o/', r'a "wide" grin, \o/')])
+def test_a_frozen_llm_fills_in_the_fields(words, text, demo, tmp_path):
+    llm = make_llm(tmp_path / "llm", words)
+    run_main(annotate, demo / "val.jsonl", "--limit", 5, "--batch-size", 3, "--llm", llm, "--out", tmp_path / "o.jsonl")
+    for record, true in zip(read_jsonl(tmp_path / "o.jsonl"), read_jsonl(demo / "val.jsonl")[:5], strict=True):
+        assert record["description"] == dict.fromkeys(annotate.FIELDS, text) and record["annotator"] == str(llm)
+        assert record["coefficients"] == true["coefficients"]
+
+@pytest.mark.parametrize("words", ["ha, ha, ha, ha, ", " ", r"wrong \escape",
+                                   "Cheeks: right cheek slightly raised. Mouth: both lip corners moderately raised."])
+def test_rules_stand_in_for_a_malformed_answer(words, demo, tmp_path):
+    """A loop, nothing, an unknown escape that finds no end, and the prompt's example for every face."""
+    llm = make_llm(tmp_path / "llm", words)
+    run_main(annotate, demo / "val.jsonl", "--limit", 2, "--llm", llm, "--out", tmp_path / "o.jsonl")
+    for record, true in zip(read_jsonl(tmp_path / "o.jsonl"), read_jsonl(demo / "val.jsonl")):
+        assert record["description"] == true["description"] and record["annotator"].startswith("rules, since")
+
+def test_the_example_of_the_prompt_is_valid_for_its_own_face():
+    assert annotate.is_valid(annotate.EXAMPLE_WORDS, annotate.EXAMPLE)
+    assert not annotate.is_valid(annotate.EXAMPLE_WORDS, ZEROS)
+    assert "mouthSmileLeft 0.62, mouthSmileRight 0.58, cheekSquintRight 0.21" in annotate.LLM_PROMPT
+    assert "both lip corners moderately raised" in annotate.LLM_PROMPT
+
+def test_the_model_is_told_not_to_think(demo, tmp_path, monkeypatch):
+    model, tokenizer = Mock(device="cpu"), byte_tokenizer()
+    tokenizer.chat_template = "{% if enable_thinking %}think {% endif %}{{ messages[0]['content'] }}"
+    model.generate.side_effect = lambda input_ids, **_: torch.cat([input_ids, input_ids[:, :0]], dim=1)
+    tokenizer.padding_side = "left"
+    annotate.ask_llm(model, tokenizer, [ZEROS])
+    text = tokenizer.decode(model.generate.call_args_list[0].kwargs["input_ids"][0])
+    assert text.startswith("You are an expert") and text.endswith('none, the face is at rest\n{"expression_category": "')
+
+def test_interrupted_llm_run_goes_on_with_resume(demo, tmp_path, monkeypatch):
+    flags = [demo / "val.jsonl", "--limit", 7, "--batch-size", 3, "--llm", make_llm(tmp_path / "llm")]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    run_main(annotate, *flags, "--out", whole)
+    ask = Mock(wraps=annotate.ask_llm, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt, DEFAULT])
+    monkeypatch.setattr(annotate, "ask_llm", ask)
     with pytest.raises(KeyboardInterrupt):
         run_main(annotate, *flags, "--out", out)
     run_main(annotate, *flags[:-2], "--out", out)  # the rules leave the model's answers alone
-    with (tmp_path / "parts.jsonl.unfinished").open("ab") as file:
+    with (tmp_path / "parts.jsonl.llm").open("ab") as file:
         file.write('{"image": "torn é'.encode()[:-1])  # within a character
-    run_main(annotate, *flags, "--out", out)
-    assert interrupted.call_count == 4 and out.read_text() == (tmp_path / "20.jsonl").read_text()
+    assert_refused("describes other faces", annotate, demo / "train.jsonl", *flags[1:], "--out", out, "--resume")
+    run_main(annotate, *flags, "--out", out, "--resume")
+    assert ask.call_count == 4 and out.read_text() == whole.read_text()  # one batch was asked again
+    assert not (tmp_path / "parts.jsonl.llm").exists()
 
 # ---- distill.py ------------------------------------------------------------------------------------
 def make_qwen(folder: Path, kind: str = "qwen3_vl", seed: int = 0) -> Path:
@@ -785,7 +980,7 @@ def test_bad_records_are_named(change, message, tmp_path):
     assert not (tmp_path / "o.jsonl").exists() and not (tmp_path / "run").exists()
 
 @pytest.mark.parametrize("module, flags, message", [
-    (annotate, ["missing.jsonl"], "missing.jsonl"), (annotate, ["README.md"], "README.md, at or after record"),
+    (annotate, ["missing.jsonl"], "missing.jsonl"), (annotate, ["README.md"], "README.md, line 1"),
     (annotate, ["--demo", 5], "--demo 5"), (annotate, ["--every", 0], "--every 0"),
     (distill, ["--data", "missing.jsonl", "--out", "new"], "missing.jsonl does not exist"), (distill, ["--lr", 0], "--lr 0"),
     (distill, ["--device", "cuda"], "no GPU"), (distill, ["--resume", "--out", "nowhere"], "--resume"),
@@ -803,20 +998,38 @@ def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
         run_main(module, *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
 
-def test_bad_takes_are_explained_and_fuzzed_files_give_no_traceback(demo, tmp_path):
-    take = tmp_path / "take.csv"
-    infer.write_livelink(take, [{"coefficients": ZEROS, "error": None}] * 3, fps=30)
-    lines = take.read_text().splitlines()
-    for flags, message in (([tmp_path / "nowhere"], "nowhere"), ([demo / "images"], "240 pictures.*3 rows")):
-        assert_refused(message, annotate, take, "--frames", *flags)
-    for text, message in (
-            (lines[:3] + [lines[3][:80]], "record 2"), (lines[1:], "missing or unknown"), (lines[:1], "no usable"),
-            ([lines[0], lines[1].replace(",0.0", ",x", 1)], "'x"), ([lines[0], lines[1].replace(",0.0", ",7.0", 1)], "7.0")):
-        take.write_text("\n".join(text))
-        assert_refused(message, annotate, take)
-    rng = np.random.default_rng(0)
-    good = {".jsonl": (demo / "val.jsonl").read_bytes().split(b"\n")[0], ".csv": "\n".join(lines).encode(),
-            ".json": json.dumps([mediapipe(dict.fromkeys(NAMES, 0.1))]).encode()}
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: [line.replace(",", ";") for line in lines], "header that was found, .*Timecode;BlendshapeCount"),
+    (lambda lines: lines[1:], "header that was found, .*00:00:00:00.000"),
+    (lambda lines: [*lines[:3], lines[3][:80]], "line 4: column EyeSquintLeft holds '', which is no number"),
+    (lambda lines: [*lines[:2], lines[2].replace(",0.0000000000", ",", 1)], "line 3: column EyeBlinkLeft holds ''"),
+    (lambda lines: [lines[0], lines[1].replace(",0.0", ",x", 1)], "line 2: column EyeBlinkLeft holds 'x"),
+    (lambda lines: [lines[0], lines[1].replace(",0.0", ",7.0", 1)], "line 2: EyeBlinkLeft is 7.0|line 2: eyeBlinkLeft is 7.0"),
+    (lambda lines: lines[:1], "no usable record"),
+    (lambda lines: [lines[0].replace("JawOpen", "Jaw"), *lines[1:]], "jawOpen missing or unknown")])
+def test_bad_takes_are_explained(change, message, tmp_path):
+    take = make_take(tmp_path, 3)
+    take.write_text("\n".join(change(take.read_text().splitlines())))
+    assert_refused(message, annotate, take)
+
+@pytest.mark.parametrize("value, message", [
+    ({"facsNames": [], "weightMat": []}, 'result 1: .*facsNames, weightMat.*one line of {"image"'),
+    ([1, 2], "result 1"), ({"faceBlendshapes": [[{"score": 1}]]}, "categoryName")])
+def test_json_of_another_kind_gets_the_way_out(value, message, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps(value))
+    assert_refused(message, annotate, tmp_path / "other.json")
+
+def test_frames_that_do_not_fit_are_counted(demo, tmp_path):
+    take = make_take(tmp_path, 3)
+    assert_refused("nowhere", annotate, take, "--frames", tmp_path / "nowhere")
+    assert_refused("holds 240 pictures for the 3 rows", annotate, take, "--frames", demo / "images")
+    assert_refused("belongs to one INPUT", annotate, take, take, "--frames", demo / "images")
+
+def test_fuzzed_files_give_no_traceback(demo, tmp_path):
+    rng, lines = np.random.default_rng(0), make_take(tmp_path, 3).read_bytes()
+    mediapipe = {"faceBlendshapes": [{"categories": [{"categoryName": name, "score": 0.1} for name in NAMES]}]}
+    good = {".jsonl": (demo / "val.jsonl").read_bytes().split(b"\n")[0], ".csv": lines,
+            ".json": json.dumps([mediapipe]).encode()}
     pieces = b'null [] {} \x00 \xff " , 1e999 NaN \\ud800 \n true -1'.split(b" ") + [b"[" * 2000, b"9" * 5000]
     for case in range(300):
         path = tmp_path / f"fuzzed{list(good)[case % 3]}"
@@ -831,7 +1044,7 @@ def test_bad_takes_are_explained_and_fuzzed_files_give_no_traceback(demo, tmp_pa
             assert "fuzzed" in str(error) and len(str(error)) < 600, error
         else:
             for record in read_jsonl(tmp_path / "out.jsonl"):
-                assert record["description"] == annotate.describe(record["coefficients"])
+                assert_words_fit(record["coefficients"], record["description"])
 
 def test_unusable_pictures_and_run_folders_are_explained(trained, demo, tmp_path):
     record = {**read_jsonl(demo / "train.jsonl")[0], "image": str(demo / "images" / "000000.png")}
