@@ -143,6 +143,8 @@ def mirror(pattern: dict) -> dict:
     return {re.sub("Left$|Right$", lambda side: swap[side[0]], name): value
             for name, value in pattern.items()}
 
+# Gaze and blinks tell of no emotion.
+EXPRESSIVE = [name for name in ARKIT_NAMES if not name.startswith(("eyeLook", "eyeBlink"))]
 # Each emotion, its prototype, and the names that have to be at rest: contempt is one-sided.
 LEFT_CONTEMPT = EMOTIONS["contempt"][1]
 RIGHT_CONTEMPT = mirror(LEFT_CONTEMPT)
@@ -153,8 +155,7 @@ PROTOTYPES.append(("contempt", RIGHT_CONTEMPT, LEFT_CONTEMPT))
 def classify(coefficients: dict) -> tuple[str, str]:
     """Expression category and emotional implication, by the cosine between the levels of the 52
     coefficients (0..1 by name) and the prototype of each emotion."""
-    levels = {name: bisect(BANDS, value) for name, value in coefficients.items()
-              if not name.startswith(("eyeLook", "eyeBlink"))}  # which no emotion has
+    levels = {name: bisect(BANDS, coefficients[name]) for name in EXPRESSIVE}
     if not any(levels.values()):
         return "neutral", "not clearly observable"
 
@@ -434,7 +435,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Itera
             if args.identity or suffix in FACE_OF:
                 record["identity"] = args.identity or path.stem
             image = frame or record["image"]
-            record["image"] = image and os.path.abspath(path.parent / image)
+            record["image"] = image and os.path.abspath(os.path.join(path.parent, image))
             yield record
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
             csv.Error) as error:
@@ -460,7 +461,8 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
         for record, (description, annotator) in bar:
             record = {**record, "description": description, "annotator": annotator}
             if record["image"]:
-                record["image"] = Path(os.path.relpath(record["image"], path.parent)).as_posix()
+                image = os.path.relpath(record["image"], path.parent)
+                record["image"] = image.replace(os.sep, "/")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             kept.append(record)
