@@ -105,17 +105,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     """Reads the command line, or `argv`."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("inputs", nargs="*", metavar="INPUT", help="records, takes, blendshapes; without, the demo")
     add("--demo", type=int, default=16_000, help="faces of the demo (default %(default)s)")
     add("--frames", help="folder with one picture for each row of INPUT, in the order of counting")
     add("--identity", help="who is seen, in all INPUTs (default: the name of a take's file)")
     add("--every", type=int, default=1, help="keep every Nth record (default %(default)s)")
     add("--out", help="file, or folder for --render and the demo (default beside INPUT, data/demo)")
-    add("--render", action=argparse.BooleanOptionalAction, default=False, help="draw the faces")
+    add("--render", action=switch, default=False, help="draw the faces")
     add("--llm", help="let this chat model (hub id or folder) describe instead of the rules")
-    add("--resume", action=argparse.BooleanOptionalAction, default=False,
-        help="go on with an interrupted --llm run")
+    add("--resume", action=switch, default=False, help="go on with an interrupted --llm run")
     add("--batch-size", type=int, default=16, help="faces at a time, --llm (default %(default)s)")
     add("--device", default="auto", help="for --llm: cpu, cuda, or auto (default %(default)s)")
     add("--limit", type=int, help="use the first LIMIT records only (the demo is drawn whole)")
@@ -158,15 +157,12 @@ def classify(coefficients: dict) -> tuple[str, str]:
     levels = {name: bisect(BANDS, coefficients[name]) for name in EXPRESSIVE}
     if not any(levels.values()):
         return "neutral", "not clearly observable"
-
-    length = math.hypot(*levels.values())
-    cosines = []
+    length, cosines = math.hypot(*levels.values()), []
     for emotion, pattern, at_rest in PROTOTYPES:
-        if any(levels[name] for name in at_rest):
-            continue
-        product = sum(levels[name] * weight for name, weight in pattern.items())
-        cosine = product / (length * math.hypot(*pattern.values()))
-        cosines.append((cosine, emotion, pattern))
+        if not any(levels[name] for name in at_rest):
+            product = sum(levels[name] * weight for name, weight in pattern.items())
+            cosine = product / (length * math.hypot(*pattern.values()))
+            cosines.append((cosine, emotion, pattern))
 
     # The best one or, when the next is nearly as good, both.
     cosines.sort(key=itemgetter(0), reverse=True)
@@ -180,10 +176,8 @@ def classify(coefficients: dict) -> tuple[str, str]:
     return DEGREES[strongest] + emotion, implication
 
 def describe(coefficients: dict) -> dict:
-    """Describes a face in four fields, from its 52 coefficients (0..1 by name).
-
-    All fields follow from the same levels, so none of them contradicts another or the numbers.
-    """
+    """Describes a face in four fields, from its 52 coefficients (0..1 by name). All fields follow
+    from the same levels, so none of them contradicts another or the numbers."""
     levels = {name: bisect(BANDS, value) for name, value in coefficients.items()}
     sentences, uneven, mixed = [], [], []
     for region, actions in MOVEMENTS.items():
@@ -193,7 +187,6 @@ def describe(coefficients: dict) -> dict:
             left, right = levels[names[0]], levels[names[-1]]  # the same without sides
             if left == right == 0:
                 continue
-
             # Movements: one phrase for an action without sides or a pair that moves alike.
             if left != right:
                 subjects = {"left ": left, "right ": right}
@@ -204,7 +197,6 @@ def describe(coefficients: dict) -> dict:
                 phrase = phrase.replace(" *", "s *")  # the plural: both eyes, both lip corners
             phrases += [subject + phrase.replace("*", ADVERBS[level])
                         for subject, level in subjects.items() if level]
-
             # Symmetry: on which side a pair is stronger.
             if left != right and key.endswith("_"):
                 stronger.add("left" if left > right else "right")
@@ -213,10 +205,9 @@ def describe(coefficients: dict) -> dict:
             sentences.append(f"{region}: {', '.join(phrases)}.")
         if len(stronger) == 1:
             uneven.append(f"{stronger.pop()} {region.lower()}")
-        elif stronger:
+        elif stronger:  # one pair is stronger on the left, another on the right
             mixed.append(region.lower())
 
-    # A region is "mixed" when one pair of it is stronger on the left and another on the right.
     asymmetries = [f"stronger on the {', '.join(uneven)}"] if uneven else []
     asymmetries += [f"mixed in the {', '.join(mixed)}"] if mixed else []
     category, implication = classify(coefficients)
@@ -245,10 +236,9 @@ CLOSED = re.compile(r'(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')  # up to th
 
 def is_valid(words: dict, coefficients: dict) -> bool:
     """Whether every field has a text that is no loop, and the movements not just the example's."""
-    texts = [words.get(field) for field in FIELDS]
+    texts, movements = [words.get(field) for field in FIELDS], words.get("muscle_movements")
     if not all(texts) or any(map(LOOP.search, texts)):
         return False
-    movements = words["muscle_movements"]
     is_copy = movements == EXAMPLE_WORDS["muscle_movements"]
     return not is_copy or movements == describe(coefficients)["muscle_movements"]
 
@@ -262,8 +252,8 @@ def ask_llm(model, tokenizer, faces: list[dict]) -> list[dict]:
         if tokenizer.chat_template:
             # Unless told not to, hybrid models would think within the first field.
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False,
-                add_generation_prompt=True, enable_thinking=False)
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=False)
         texts.append(text + "{")
 
     for field in FIELDS:
@@ -291,17 +281,15 @@ def describe_by_llm(records: list[dict], args: argparse.Namespace) -> Iterator[t
     description, the rules stand in, and the annotator says so."""
     import torch  # the rules and the drawings do without
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.llm, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(args.device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"--llm {args.llm} cannot be loaded: {str(error):.300}".partition("\n")[0])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-
     for start in range(0, len(records), args.batch_size):
         faces = [record["coefficients"] for record in records[start:start + args.batch_size]]
         for face, words in zip(faces, ask_llm(model, tokenizer, faces)):
@@ -324,8 +312,7 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def whole_lines(path: Path) -> list[bytes]:
     """The lines that an interrupted run left in a file. Cuts off the last one if it is torn."""
-    if not path.is_file():
-        return []
+    path.touch()
     text = path.read_bytes()
     whole = text[:text.rfind(b"\n") + 1]
     os.truncate(path, len(whole))
@@ -348,7 +335,6 @@ def standardize(given: dict, counts: Counter) -> dict:
     if different:
         raise ValueError(f"{', '.join(different[:3]):.150} missing or unknown; 52 ARKit names are "
                          "expected")
-
     for name, value in values.items():
         if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # True and NaN are neither
             raise ValueError(f"{name} is {value!r:.40}, not 0 to 1 (divide percentages by 100)")
@@ -366,33 +352,28 @@ def items_of(path: Path) -> Iterator[tuple]:
         for number, result in enumerate(results if isinstance(results, list) else [results], 1):
             yield f"result {number}", result
         return
-
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         if path.suffix.lower() == ".csv":
             rows = csv.DictReader(file)
-            for row in rows:
-                yield f"line {rows.line_num}", row
+            yield from ((f"line {rows.line_num}", row) for row in rows)
         else:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", line
+            lines = enumerate(file, 1)
+            yield from ((f"line {number}", line) for number, line in lines if line.strip())
 
 def face_of_take(row: dict) -> dict:
     """A row of a Live Link Face take. It has no values where the app saw no face."""
     cells = {name: cell for name, cell in row.items() if canonical(name or "") in ARKIT_NAMES}
     if len(cells) < 51:
-        raise ValueError(f"the header that was found, {list(row)!s:.150}, lacks columns; "
-                         "a take has 52 such as EyeBlinkLeft, separated by commas")
+        raise ValueError(f"the header that was found, {list(row)!s:.150}, lacks columns; a take has "
+                         "52 such as EyeBlinkLeft, separated by commas")
     if not any((cell or "").strip() for cell in cells.values()):
         return {"coefficients": None}
-
-    coefficients = {}
     for name, cell in cells.items():
         try:
-            coefficients[name] = float(cell)
+            cells[name] = float(cell)
         except (TypeError, ValueError):
             raise ValueError(f"column {name} holds {cell or ''!r:.40}, which is no number")
-    return {"coefficients": coefficients}
+    return {"coefficients": cells}
 
 def face_of_mediapipe(result: dict | list) -> dict:
     """The first face of one result of MediaPipe's Face Landmarker, which is {"faceBlendshapes":
@@ -406,15 +387,13 @@ def face_of_mediapipe(result: dict | list) -> dict:
         return {"coefficients": None}
     categories = faces[0]["categories"] if isinstance(faces[0], dict) else faces[0]
     scores = {category["categoryName"]: category["score"] for category in categories}
-    scores.pop("_neutral", None)
-    return {"coefficients": scores}
+    return {"coefficients": {name: scores[name] for name in scores if name != "_neutral"}}
 
 FACE_OF = {".csv": face_of_take, ".json": face_of_mediapipe}  # any other file holds records
 
 def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Iterator[dict]:
     """Yields every Nth record of a file, images as absolute paths. SystemExit on a bad one."""
-    suffix = path.suffix.lower()
-    where = "as a whole"
+    suffix, where = path.suffix.lower(), "as a whole"
     try:
         # Row and frame belong together before any is left out.
         items = list(items_of(path))
@@ -424,7 +403,6 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Itera
         if len(frames) != len(items):
             raise SystemExit(f"--frames {args.frames} holds {len(frames)} pictures for the "
                              f"{len(items)} rows of {path}; expected one a row, named in order")
-
         for (where, item), frame in list(zip(items, frames))[::args.every]:
             face = FACE_OF[suffix](item) if suffix in FACE_OF else json.loads(item)
             record = {"image": None, **face}
@@ -445,7 +423,6 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
     """Describes records and writes them as they come, under another name until all are done."""
     partial = path.with_name(path.name + (".llm" if args.llm else ".partial"))
     path.parent.mkdir(parents=True, exist_ok=True)
-
     # What an interrupted run has described is kept, if it is of these faces.
     kept = [json.loads(line) for line in whole_lines(partial)] if args.resume else []
     faces = [record["coefficients"] for record in records]
@@ -456,6 +433,7 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
     if args.llm:
         descriptions = describe_by_llm(todo, args)
 
+    annotators = Counter(record["annotator"] for record in kept)
     bar = tqdm(zip(todo, descriptions), path.name, len(todo), unit=" faces", disable=None)
     with partial.open("a" if kept else "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, (description, annotator) in bar:
@@ -465,11 +443,9 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
                 record["image"] = image.replace(os.sep, "/")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            kept.append(record)
+            annotators[annotator] += 1
     partial.replace(path)
-
-    annotators = Counter(record["annotator"] for record in kept)
-    print(f"wrote {path}: {len(kept)} records, described by {dict(annotators)}")
+    print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}")
 
 # ---- Drawing the demo's faces --------------------------------------------------------------------
 DARK, WHITE, RED = (40, 25, 25), (250, 250, 245), (205, 80, 80)
@@ -519,30 +495,21 @@ class Pen:
     """Draws in face coordinates, -1 to 1: x to the picture's right (the subject's left), y down."""
 
     def __init__(self, size: int, background: tuple, thickness: float):
-        pixels = size * SUPERSAMPLE
-        self.half = pixels / 2
-        self.thickness = thickness
-        self.canvas = Image.new("RGB", (pixels, pixels), background)
+        self.half, self.thickness = size * SUPERSAMPLE / 2, thickness
+        self.canvas = Image.new("RGB", (size * SUPERSAMPLE, size * SUPERSAMPLE), background)
         self.draw = ImageDraw.Draw(self.canvas)
 
     def scale(self, x: list, y: list) -> list:
-        points = np.column_stack([x, y])  # (points, 2)
-        return (self.half * (1 + points)).ravel().tolist()
-
+        return (self.half * (1 + np.column_stack([x, y]))).ravel().tolist()
     def polygon(self, x: list, y: list, color: tuple) -> None:
         self.draw.polygon(self.scale(x, y), fill=color)
-
     def band(self, x: list, upper: list, lower: list, color: tuple) -> None:
-        there_and_back = np.append(x, x[::-1])
-        self.polygon(there_and_back, np.append(upper, lower[::-1]), color)
-
+        self.polygon(np.append(x, x[::-1]), np.append(upper, lower[::-1]), color)
     def line(self, x: list, y: list, color: tuple, width: float) -> None:
         pixels = max(1, round(width * self.thickness * self.half))
         self.draw.line(self.scale(x, y), fill=color, width=pixels, joint="curve")
-
     def ellipse(self, x: float, y: float, rx: float, ry: float, color: tuple) -> None:
-        corners = self.scale([x - rx, x + rx], [y - ry, y + ry])
-        self.draw.ellipse(corners, fill=color)
+        self.draw.ellipse(self.scale([x - rx, x + rx], [y - ry, y + ry]), fill=color)
 
 def mix(color: tuple, other: tuple, amount: float) -> tuple:
     """The color `amount` (0..1) of the way from `color` to `other`."""
@@ -569,21 +536,19 @@ def draw_head(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
         pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, look.outline)
 
     # A chin that is pushed forward grows and brightens, and so do puffed cheeks.
-    chin_y = look.height - 0.1 + drop
-    chin_color = mix(look.skin, WHITE, 0.6 * c.jawForward)
-    pen.ellipse(slide, chin_y, 0.14 + 0.14 * c.jawForward, 0.05 + 0.07 * c.jawForward, chin_color)
+    y, color = look.height - 0.1 + drop, mix(look.skin, WHITE, 0.6 * c.jawForward)
+    pen.ellipse(slide, y, 0.14 + 0.14 * c.jawForward, 0.05 + 0.07 * c.jawForward, color)
     for x in (-0.5, 0.5):
         pen.ellipse(x, 0.36, 0.13, 0.13, mix(look.skin, WHITE, 0.55 * c.cheekPuff))
 
+def by_side(left: float, right: float) -> np.ndarray:
+    """How strongly an action with these values on both sides is felt across the lips."""
+    return np.minimum(1, 3 * abs(ACROSS_LIPS)) * np.where(ACROSS_LIPS > 0, left, right)
+
 def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     """Lips, teeth and tongue (the jaw's opening and shift, tongueOut, mouth but the dimples)."""
-    t = ACROSS_LIPS
-    arch = 1 - t * t  # 0 at the corners, 1 in the middle
-    opening = np.sqrt(1 - t * t)
-
-    def by_side(left: float, right: float) -> np.ndarray:
-        return np.minimum(1, 3 * abs(t)) * np.where(t > 0, left, right)
-
+    t, arch = ACROSS_LIPS, 1 - ACROSS_LIPS ** 2  # the arch is 0 at the corners, 1 in the middle
+    opening = np.sqrt(arch)
     # The line on which the lips meet.
     smile = by_side(c.mouthSmileLeft, c.mouthSmileRight)
     frown = by_side(c.mouthFrownLeft, c.mouthFrownRight)
@@ -610,13 +575,11 @@ def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     pen.band(x[inner], upper[inner], upper_teeth[inner], WHITE)
     pen.band(x[inner], lower[inner], lower_teeth[inner], WHITE)
 
-    # The lips, thin where they are rolled in.
+    # The lips, thin where they are rolled in, and the tongue over the middle of the lower one.
     pen.band(x, upper - 0.065 * thick * (1 - 0.95 * c.mouthRollUpper), upper, look.lips)
     pen.band(x, lower, lower + 0.085 * thick * (1 - 0.95 * c.mouthRollLower), look.lips)
     for edge in (upper, lower):
         pen.line(x, edge, mix(look.lips, DARK, 0.6), 0.02)
-
-    # The tongue hangs over the middle of the lower lip.
     if c.tongueOut > 0:
         root, length = lower[7], c.tongueOut
         pen.ellipse(x[7], root + 0.08 * length, 0.06 + 0.06 * length, 0.17 * length, TONGUE)
@@ -627,46 +590,39 @@ def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) ->
     """Eye, cheek, brow, nostril and creases of one side: 1 is the subject's left, -1 the right."""
     suffix = "Left" if side > 0 else "Right"
     c = SimpleNamespace(**{name.removesuffix(suffix): value for name, value in vars(c).items()})
-    t = ACROSS_EYE
-    arch = 1 - t * t
-    eye_x, eye_y = side * look.gap, -0.17
     shade = partial(mix, look.skin, DARK)  # of an amount from 0 to 1
-
-    # The edges of both eyelids.
-    height = 0.105 * look.eye
+    t, arch = ACROSS_EYE, 1 - ACROSS_EYE ** 2
+    # The eyeball and its iris between the edges of the lids, which hide a part of the iris.
+    eye_x, eye_y, height = side * look.gap, -0.17, 0.105 * look.eye
     x = eye_x + 0.2 * look.eye * t
     upper = eye_y + height * (0.7 * c.eyeBlink - (1 + 0.75 * c.eyeWide) * (1 - c.eyeBlink)) * arch
     lower = eye_y + height * (0.75 - 0.75 * c.eyeSquint * (1 - c.eyeBlink)) * arch
-
-    # The eyeball with its iris, then the lids, which hide a part of the iris.
-    lid = shade(0.12)
-    pen.ellipse(eye_x, eye_y - 0.02, 0.2 * look.eye, 0.2, lid)
+    pen.ellipse(eye_x, eye_y - 0.02, 0.2 * look.eye, 0.2, shade(0.12))
     pen.band(x, upper, lower, WHITE)
     pupil_x = eye_x + 0.1 * side * (c.eyeLookOut - c.eyeLookIn)
     pupil_y = eye_y - 0.01 + 0.085 * (c.eyeLookDown - c.eyeLookUp)
     pen.ellipse(pupil_x, pupil_y, 0.08, 0.08, look.iris)
     pen.ellipse(pupil_x, pupil_y, 0.04, 0.04, DARK)
-    pen.band(x, upper, eye_y - 0.02 - 0.2 * np.sqrt(arch), lid)
+    pen.band(x, upper, eye_y - 0.02 - 0.2 * np.sqrt(arch), shade(0.12))
     pen.band(x, lower, eye_y - 0.02 + 0.2 * np.sqrt(arch), look.skin)
     pen.line(x, upper, DARK, 0.035)
     pen.line(x, lower, shade(0.35 + 0.5 * c.eyeSquint), 0.02 + 0.02 * c.eyeSquint)
 
     # The cheek: a blush and the fold above it.
-    x = eye_x + side * 0.05
-    y = 0.12 - 0.08 * c.cheekSquint + 0.06 * t * t
-    blush = mix(look.skin, RED, 0.75 * c.cheekSquint)
+    x, blush = eye_x + side * 0.05, mix(look.skin, RED, 0.75 * c.cheekSquint)
     pen.ellipse(x, 0.2 - 0.07 * c.cheekSquint, 0.13, 0.07, blush)
+    y = 0.12 - 0.08 * c.cheekSquint + 0.06 * t * t
     pen.line(x + 0.15 * t, y, shade(0.7 * c.cheekSquint), 0.03)
 
+    # The brow, by three points.
     x = side * (look.gap + BROW_X - 0.02 * c.browDown)
     y = BROW_DOWN * c.browDown - BROW_INNER_UP * c.browInnerUp - BROW_OUTER_UP * c.browOuterUp
     pen.line(x, y + BROW_Y - 0.43, look.hair, look.brow)
 
-    # The nostril and its wing, which a sneer pulls up.
+    # The nostril and its wing, which a sneer pulls up, and the creases.
     x, y = side * 0.09 * look.nose, 0.2 - 0.07 * c.noseSneer
     pen.line([side * 0.05, x], [-0.15, y - 0.03], shade(0.2), 0.025)
     pen.ellipse(x, y, 0.05 + 0.02 * c.noseSneer, 0.035, shade(0.45))
-
     for action, x, y in CREASES:
         strength = getattr(c, action)
         if strength > 0:
@@ -675,13 +631,10 @@ def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) ->
 def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
               style: str = "cartoon") -> Image.Image:
     """Draws a face of `size` pixels, every action visible; the identity alone fixes the looks."""
-    rng = np.random.default_rng(list(str(identity).encode()))
-    palette = STYLES[style]
-
-    # The looks. The order of these lines decides which random number each of them gets.
-    skins = palette["skins"]
+    rng, palette = np.random.default_rng(list(str(identity).encode())), STYLES[style]
+    # The order of these lines decides which random number each part of the looks gets.
+    skins, look = palette["skins"], SimpleNamespace(outline=palette["outline"])
     tone = rng.uniform(0, len(skins) - 1.001)
-    look = SimpleNamespace(outline=palette["outline"])
     look.skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
     look.lips = mix(look.skin, RED, rng.uniform(0.5, 0.9))
     look.hair = palette["hairs"][rng.integers(6)]
@@ -701,8 +654,7 @@ def draw_all(records: list[dict], images: Path, style: str = "cartoon") -> list[
     """Draws all faces into a folder, on all cores; returns the records with their images."""
     images.mkdir(parents=True, exist_ok=True)
     faces = [record["coefficients"] for record in records]
-    people = [record.get("identity", "id000") for record in records]
-    drawn = []
+    people, drawn = [record.get("identity", "id000") for record in records], []
     with ProcessPoolExecutor() as pool:
         pictures = pool.map(draw_face, faces, people, repeat(64), repeat(style), chunksize=64)
         bar = tqdm(zip(records, pictures), "drawing", len(records), disable=None)
@@ -724,6 +676,7 @@ GESTURES = [
     {"tongueOut": 0.9, "jawOpen": 0.4}, {"jawForward": 0.9, "mouthRollUpper": 0.3},
     {"mouthDimple_": 0.8, "mouthPress_": 0.5}]
 EXPRESSIONS = 2 * [pattern for _, pattern in EMOTIONS.values()] + GESTURES
+EXPRESSIONS = [expand(pattern) for pattern in EXPRESSIONS]
 # Which way each of the gaze actions turns its eye: to the subject's left, up.
 GAZE = {"eyeLookOutLeft": (1, 0), "eyeLookInRight": (1, 0), "eyeLookInLeft": (-1, 0),
         "eyeLookOutRight": (-1, 0), "eyeLookUpLeft": (0, 1), "eyeLookUpRight": (0, 1),
@@ -737,7 +690,7 @@ def sample_expression(rng: np.random.Generator) -> dict:
     """Draws 52 plausible coefficients: one or two patterns, stray actions, asymmetry and a gaze."""
     c = dict.fromkeys(ARKIT_NAMES, 0.0)
     for strength in (rng.uniform(0.3, 1.1), rng.uniform(0.2, 0.8) * (rng.random() < 0.4)):
-        pattern = expand(EXPRESSIONS[rng.integers(len(EXPRESSIONS))])
+        pattern = EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
         if rng.random() < 0.5:
             pattern = mirror(pattern)
         for name, value in pattern.items():
@@ -750,11 +703,10 @@ def sample_expression(rng: np.random.Generator) -> dict:
     for name in ARKIT_NAMES:
         c[name] *= 1 + tilt * SIDES.get(name, 0) + rng.normal(0, 0.08)
 
-    # The two eyes turn together; a closed eye shows none of this.
-    gaze = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
-    for name, direction in GAZE.items():
-        turn = gaze[0] * direction[0] + gaze[1] * direction[1]
-        c[name] = max(turn, 0.0) * rng.uniform(0.9, 1.1)
+    # The two eyes turn together. A closed eye shows none of this.
+    x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
+    for name, (left, up) in GAZE.items():
+        c[name] = max(x * left + y * up, 0.0) * rng.uniform(0.9, 1.1)
     for name in ARKIT_NAMES:
         if name.startswith(("eyeLook", "eyeWide", "eyeSquint")):
             c[name] *= 1 - c["eyeBlinkLeft" if name.endswith("Left") else "eyeBlinkRight"]
@@ -773,7 +725,6 @@ def make_demo(folder: Path, args: argparse.Namespace) -> None:
         person = args.seed * 10_000 + index // 20  # whose name fixes the looks
         coefficients = sample_expression(np.random.default_rng([args.seed, index]))
         records.append({"identity": f"id{person:03d}", "coefficients": coefficients})
-
     people = math.ceil(args.demo / 20)
     first = 20 * (people - people // 12)  # the first face of the people held out
     drawn = draw_all(records, folder / "images")
@@ -794,7 +745,6 @@ def main(args: argparse.Namespace) -> None:
     if not args.inputs:
         return make_demo(Path(args.out or "data/demo"), args)
 
-    # Read.
     inputs, counts = [Path(name) for name in args.inputs], Counter()
     parts = (read_records(path, args, counts) for path in inputs)
     records = list(islice(chain.from_iterable(parts), args.limit))
@@ -812,7 +762,6 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--out {args.out} is an INPUT or holds the pictures of one, which would "
                          "be overwritten; choose another")
 
-    # Draw, describe and write.
     if args.render:
         records = draw_all(records, images)
     write_records(out, records, args)

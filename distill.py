@@ -14,17 +14,20 @@ Writes: a folder that transformers loads, or with LoRA a PEFT adapter, run.json 
 
 Shapes: B images, T tokens, P patches, D width, C = 52 coefficients, N supervised tokens, O options.
 """
-import argparse
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from itertools import islice
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import RawDescriptionHelpFormatter
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -34,9 +37,8 @@ import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -57,53 +59,60 @@ ARKIT_NAMES = [
 ]
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # a coefficient is written with one decimal
-# What an answer holds, in its order; the paper's is "semantic".
+# What an answer holds, in its order. The paper's is "semantic".
 PARTS = {"semantic": ("analysis", "arkit"), "numeric": ("arkit",),
          "numbers-first": ("arkit", "analysis")}
+DEMO = "data/demo/train.jsonl"
 PROMPT = "Describe the facial muscle movements, then give the 52 ARKit coefficients as JSON."
-IGNORE_INDEX = -100  # the label of a token that is not supervised
-SKELETON, TEXT, NUMBER = 0, 1, 2  # token types
-# What flags that are not given stand for, with the tiny model and with a pretrained one.
-DEFAULTS = {"steps": (3400, 2000), "lr": (1e-3, 1e-4), "expectation_weight": (25.0, 0.0),
-            "grounding": (True, False), "max_pixels": (64 * 64, 512 * 512), "lora_rank": (0, 16)}
-WARMUP_STEPS, LOG_STEPS = 30, 100  # of the learning rate; between two lines of the log
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
+
+# What a flag that is not given stands for, with the demo's tiny model and with a pretrained one.
+TINY = {"steps": 2000, "lr": 2e-3, "expectation_weight": 25.0, "max_pixels": 64 * 64,
+        "lora_rank": 0, "checkpointing": False}
+PRETRAINED = {"steps": 2000, "lr": 1e-4, "expectation_weight": 0.0, "max_pixels": 512 * 512,
+              "lora_rank": 16, "checkpointing": True}
+WEIGHT_DECAY = 0.05
+WARMUP_STEPS, LOG_STEPS = 30, 100  # of the learning rate, between two lines of the log
 VAL_RECORDS = 64  # for the validation loss, which only watches over the run: evaluate.py measures
-VAL_SHARE = 0.05  # of the records, held out where no validation file is given
-WORKERS = 2  # processes that open pictures and tokenise
+LOADERS, BATCHES_AHEAD = 2, 4  # threads that read pictures, batches that they read in advance
 LOSS_LOGITS = 2**27  # logits that exist at a time, 0.5 GB: Qwen's vocabulary has 151,936 tokens
 
-def parse_args(argv=None) -> argparse.Namespace:
+IGNORE_INDEX = -100  # the label of a token that is not supervised
+PROMPTED, SKELETON, TEXT, NUMBER = 0, 1, 2, 3  # slot types: what a token belongs to
+# The modules that get a LoRA, all linears of the language model, as a pattern of their paths.
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+def parse_args(argv=None) -> Namespace:
     """Reads the command line, or `argv`."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    by_model = {name: f"(default: {tiny} for tiny, {pretrained} for a pretrained model)"
-                for name, (tiny, pretrained) in DEFAULTS.items()}
-    add("--data", default="data/demo/train.jsonl", help="annotated records (default %(default)s)")
-    add("--val", help="validation records (default: val.jsonl beside --data, or some identities)")
+    parser = ArgumentParser(
+        description=f"{__doc__}\nDefaults, tiny: {TINY}\nDefaults, pretrained: {PRETRAINED}",
+        formatter_class=RawDescriptionHelpFormatter)
+    add, switch = parser.add_argument, BooleanOptionalAction
+    add("--data", default=DEMO, help="annotated records (default %(default)s)")
+    add("--val", help="validation records (default: val.jsonl beside --data, if there is one)")
     add("--model", default="tiny", help="tiny, or a Qwen-VL's hub id or folder (default tiny)")
     add("--out", default="runs/demo", help="run folder (default %(default)s)")
     add("--supervision", choices=list(PARTS), default="semantic",
         help="description then numbers, numbers only, or numbers first (default %(default)s)")
-    add("--steps", type=int, help=f"optimizer steps {by_model['steps']}")
-    add("--epochs", type=float, help="passes over the records, instead of --steps")
-    add("--expectation-weight", type=float, help="of the squared error of each coefficient's "
-        f"expected value, beside cross-entropy {by_model['expectation_weight']}")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="optimizer steps")
+    length.add_argument("--epochs", type=float, help="passes over the records, instead of --steps")
+    add("--expectation-weight", type=float, help="of the squared error of expected values")
     add("--batch-size", type=int, default=8, help="images per pass and GPU (default %(default)s)")
     add("--grad-accum", type=int, default=1, help="passes per optimizer step (default %(default)s)")
-    add("--lr", type=float, help=f"peak learning rate {by_model['lr']}")
-    add("--lora-rank", type=int, help=f"0: all weights, at --lr 1e-5 {by_model['lora_rank']}")
+    add("--lr", type=float, help="peak learning rate, about 1e-5 where all weights are trained")
+    add("--lora-rank", type=int, help="0 trains all weights of the language model")
     add("--lora-alpha", type=float, default=32.0, help="weight: alpha / rank (default %(default)s)")
-    add("--checkpointing", action=switch, default=True, help="with LoRA: less memory, slower")
-    add("--grounding", action=switch,
-        help=f"hide and sample words, which teaches to look {by_model['grounding']}")
-    add("--max-pixels", type=int, help=f"larger pictures are shrunk {by_model['max_pixels']}")
-    add("--save-every", type=int, default=500, help="steps between saves (default %(default)s)")
+    add("--checkpointing", action=switch, help="compute activations twice, for less memory")
+    add("--compile", action=switch, help="compile the decoder layers (default: on a GPU)")
+    add("--corrupt", action=switch, help="hide and sample words (default: tiny, semantic answers)")
+    add("--max-pixels", type=int, help="larger pictures are shrunk")
+    add("--save-every", type=int, default=100, help="steps between saves (default %(default)s)")
     add("--resume", action=switch, default=False, help="go on with --out, by its settings")
-    add("--limit", type=int, help="first records only; one pass unless --steps or --epochs")
+    add("--limit", type=int, help="first records only, once unless --steps or --epochs is given")
     add("--seed", type=int, default=0, help="of weights, order, hidden words (default %(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of arithmetic and frozen weights; auto is bfloat16 on a GPU (default %(default)s)")
+        help="of arithmetic and frozen weights, auto is bfloat16 on a GPU (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
 
@@ -122,16 +131,18 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
     return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 def answer_skeleton(supervision: str) -> list[tuple]:
-    """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, last, None."""
+    """The answer as (fixed text, slot) pairs: ('{"arkit": {"eyeBlinkLeft": ', "eyeBlinkLeft"), ...
+
+    A slot is a field, a coefficient or, last, None.
+    """
     # An answer with 999 in every slot, cut there.
     blanks = {"analysis": dict.fromkeys(FIELDS, "999"), "arkit": dict.fromkeys(ARKIT_NAMES, 999)}
     answer = {part: blanks[part] for part in PARTS[supervision]}
-    slots = [slot for part in answer.values() for slot in part]
-    return list(zip(json.dumps(answer).split("999"), [*slots, None]))
+    return list(zip(json.dumps(answer).split("999"), [*chain(*answer.values()), None]))
 
 def open_image(path: str) -> Image.Image:
     """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    image = ImageOps.exif_transpose(Image.open(path, formats=IMAGE_FORMATS))
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -139,8 +150,8 @@ def open_image(path: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-class FaceDataset(Dataset):
-    """One record -> pixels, token ids with labels and token types (T,), coefficients (1, C)."""
+class FaceDataset:
+    """One record -> pixels, token ids and their slot types (T,), coefficients (1, C)."""
 
     def __init__(self, records: list[dict], tokenizer, image_processor, supervision: str,
                  max_pixels: int):
@@ -148,20 +159,22 @@ class FaceDataset(Dataset):
         token_side = image_processor.patch_size * image_processor.merge_size  # pixels
         self.size = {"shortest_edge": token_side ** 2, "longest_edge": max_pixels}  # pixel counts
         self.skeleton = [(self.encode(text), slot) for text, slot in answer_skeleton(supervision)]
-        self.value_ids = {value: self.encode(value) for value in VALUES}
+        self.value_ids = torch.tensor([self.encode(value) for value in VALUES])  # (11, L)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_answer(self, record: dict) -> tuple[list[int], list[int]]:
-        """Token ids and types of the answer, each piece tokenised alone as infer.py feeds it."""
+        """Token ids and slot types of the answer, each piece tokenised alone as infer.py does."""
         ids, types = [], []
         for skeleton_ids, slot in self.skeleton:
             if slot in FIELDS:
                 text = json.dumps(record["description"][slot], ensure_ascii=False)[1:-1]
                 slot_ids, slot_type = self.encode(text), TEXT
             elif slot in ARKIT_NAMES:
-                slot_ids, slot_type = self.value_ids[f"{record['coefficients'][slot]:.1f}"], NUMBER
+                value = record["coefficients"][slot] + 0.0  # -0.0 becomes 0.0
+                slot_ids = self.value_ids[VALUES.index(f"{value:.1f}")].tolist()
+                slot_type = NUMBER
             else:
                 slot_ids, slot_type = [self.tokenizer.eos_token_id], SKELETON
             ids += skeleton_ids + slot_ids
@@ -172,12 +185,18 @@ class FaceDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        record = self.records[index]
-        try:
-            image = open_image(record["image"])
-            pixels = self.image_processor([image], size=self.size, return_tensors="pt")
-        except Exception as error:  # Pillow's readers raise a dozen types on damaged files
-            raise OSError(f"{record['image']} cannot be used ({error}); drop its record")
+        """The example at `index` or, if its picture cannot be used, the next one that can."""
+        for offset in range(len(self)):
+            record = self.records[(index + offset) % len(self)]
+            try:
+                image = open_image(record["image"])
+                pixels = self.image_processor([image], size=self.size, return_tensors="pt")
+                break
+            except Exception as error:  # Pillow's readers raise a dozen types on damaged files
+                print(f"left out: {record['image']} ({error})", flush=True)
+        else:
+            raise SystemExit("none of the pictures can be used, for the reasons above")
+
         image_tokens = int(pixels["image_grid_thw"].prod()) // self.image_processor.merge_size ** 2
         prompt_ids = self.encode(prompt_text(PROMPT, image_tokens))
         answer_ids, answer_types = self.encode_answer(record)
@@ -185,22 +204,40 @@ class FaceDataset(Dataset):
             **pixels,  # pixel_values (P, .) and image_grid_thw (1, 3)
             "coefficients": torch.tensor([[record["coefficients"][name] for name in ARKIT_NAMES]]),
             "input_ids": torch.tensor(prompt_ids + answer_ids),
-            "labels": torch.tensor([IGNORE_INDEX] * len(prompt_ids) + answer_ids),
-            "token_types": torch.tensor([SKELETON] * len(prompt_ids) + answer_types),
+            "slot_types": torch.tensor([PROMPTED] * len(prompt_ids) + answer_types),
         }
 
-    def collate(self, items: list[dict]) -> dict:
-        """Joins items: patches follow one another (P, .), tokens are padded on the right (B, T)."""
+    def batch(self, indices: list[int]) -> dict:
+        """Joins examples: patches in a row (P, .), tokens padded on the right (B, T)."""
+        items = [self[index] for index in indices]
         batch = {name: torch.cat([item[name] for item in items])
                  for name in ("pixel_values", "image_grid_thw", "coefficients")}
-        padding = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE_INDEX,
-                   "token_types": SKELETON}
+        padding = {"input_ids": self.tokenizer.pad_token_id, "slot_types": PROMPTED}
         for name, value in padding.items():
             rows = [item[name] for item in items]
             batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+        # Exactly the answer is supervised, its end token included.
+        is_prompt = batch["slot_types"] == PROMPTED
+        batch["labels"] = batch["input_ids"].masked_fill(is_prompt, IGNORE_INDEX)
         image_pad_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         batch["mm_token_type_ids"] = (batch["input_ids"] == image_pad_id).long()
         return batch
+
+def load_batches(dataset: FaceDataset, order: list[list[int]]) -> Iterator[dict]:
+    """Yields the batches of `order`, a list of indices each, which threads read in advance.
+
+    Threads, not processes: decoding and resizing let other threads run, nothing passes through
+    shared memory, of which containers may have too little, and an error arrives as it was raised.
+    """
+    with ThreadPoolExecutor(LOADERS) as pool:
+        waiting = deque()
+        for indices in order:
+            waiting.append(pool.submit(dataset.batch, indices))
+            if len(waiting) > BATCHES_AHEAD:
+                yield waiting.popleft().result()
+        for batch in waiting:
+            yield batch.result()
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 class LoraLinear(nn.Module):
@@ -213,488 +250,544 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # (B, T, out)
-        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (B, T, r)
-        return y + self.scale * F.linear(low, self.lora_B).to(y.dtype)
+        low = F.linear(x, self.lora_A)  # (B, T, r)
+        return y + self.scale * F.linear(low, self.lora_B)
 
-def add_lora(model: nn.Module, rank: int, alpha: float, checkpointing: bool) -> None:
+def add_lora(model: nn.Module, rank: int, alpha: float) -> None:
     """Freezes the model and puts a LoraLinear in place of every linear of its language model."""
     model.requires_grad_(False)
-    for parent in list(model.model.language_model.modules()):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, nn.Linear):
-                setattr(parent, name, LoraLinear(module, rank, alpha))
-    if checkpointing:
-        # The re-entrant form would find no input that requires a gradient and train nothing.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for path, module in list(model.named_modules()):
+        if re.fullmatch(LORA_TARGETS, path):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, LoraLinear(module, rank, alpha))
 
 # ---- Loss and loop -------------------------------------------------------------------------------
-def hidden_states(model: nn.Module, batch: dict) -> torch.Tensor:
+def hidden_states(model: nn.Module, batch: dict) -> Tensor:
     """The language model's last hidden states (B, T, D)."""
-    names = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     # No attention mask: padding stands on the right, where a causal model does not look.
-    inputs = {name: batch[name] for name in names}
-    return model.model(**inputs, use_cache=False).last_hidden_state
+    return model.model(
+        input_ids=batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"],
+        pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"],
+        use_cache=False).last_hidden_state
 
-def cross_entropy(model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats of hidden states (B, T, D) and labels (B, T), summed over N tokens."""
-    def part_sum(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model.lm_head(hidden).float(), labels, reduction="sum")
+    def part_sum(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = model.lm_head(hidden).float()  # (N, vocabulary)
+        return F.cross_entropy(logits, labels, reduction="sum")
 
     supervised = labels != IGNORE_INDEX
     hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N,)
-    # With a large vocabulary, a part of the logits at a time, made again in the backward pass.
     count = max(1, LOSS_LOGITS // model.config.text_config.vocab_size)
     if len(labels) <= count:
         return part_sum(hidden, labels)
-    parts = zip(hidden.split(count), labels.split(count))
-    return sum(checkpoint(part_sum, *part, use_reentrant=False) for part in parts)
 
-def squared_error(model: nn.Module, hidden: torch.Tensor, batch: dict,
-                  option_ids: list[int]) -> torch.Tensor:
+    # With a large vocabulary, a part of the logits at a time, made again in the backward pass.
+    nats = 0.0
+    for part in zip(hidden.split(count), labels.split(count)):
+        nats = nats + checkpoint(part_sum, *part, use_reentrant=False)
+    return nats
+
+def squared_error(model: nn.Module, hidden: Tensor, batch: dict, value_ids: Tensor) -> Tensor:
     """Squared error of the coefficients' expected values, summed (regression-aware fine-tuning).
 
-    `hidden` (B, T-1, D) predicts tokens 1 to T-1, `option_ids` (O,) are the last tokens of 0.0, 0.1
-    and so on: all eleven values where a number is one token. Where digits are split, they are the
-    tenths behind "0.", and 1.0 is left to cross-entropy.
+    `hidden` (B, T, D) predicts the tokens that follow. `value_ids` (11, L) are the tokens of 0.0,
+    0.1 and so on. Where digits are split (L = 3) the options are the tenths behind "0.", and 1.0 is
+    left to cross-entropy.
     """
-    target, shape = batch["coefficients"], batch["coefficients"].shape  # (B, C)
-    is_number = batch["token_types"][:, 1:] == NUMBER  # (B, T-1)
-    last = hidden[is_number].view(*shape, -1, hidden.shape[-1])[:, :, -1]  # (B, C, D)
+    target = batch["coefficients"]  # (B, C)
+    is_number = batch["slot_types"][:, 1:] == NUMBER  # (B, T)
+    states = hidden[is_number].view(*target.shape, -1, hidden.shape[-1])  # (B, C, L, D)
+    last = states[:, :, -1]  # (B, C, D): predicts the last token of a number
+
+    digits_are_split = value_ids.shape[1] > 1
+    option_ids = value_ids[:10 if digits_are_split else 11, -1]  # (O,)
     scores = F.linear(last, model.lm_head.weight[option_ids]).float()  # (B, C, O)
-    values = torch.arange(len(option_ids), device=hidden.device) / 10
-    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would be too coarse
-        errors = (scores.softmax(dim=-1) @ values - target) ** 2  # (B, C)
-    if len(option_ids) < len(VALUES):
+    values = torch.arange(len(option_ids), device=hidden.device) / 10  # (O,)
+    # A matrix product would be in bfloat16 under autocast, which is too coarse here.
+    expected = (scores.softmax(dim=-1) * values).sum(dim=-1)  # (B, C)
+    errors = (expected - target) ** 2
+    if digits_are_split:
         errors = errors * (target < 0.95)
     return errors.sum()
 
-def answer_loss(model: nn.Module, batch: dict, option_ids: list[int]) -> tuple:
-    """(cross-entropy in nats summed over supervised tokens, squared error summed over numbers)."""
+def answer_loss(model: nn.Module, batch: dict, value_ids: Tensor | None = None) -> tuple:
+    """(cross-entropy in nats summed over supervised tokens, squared error summed over numbers, or 0
+    without `value_ids`)."""
     hidden = hidden_states(model, batch)[:, :-1]  # (B, T-1, D): position t predicts token t + 1
     nats = cross_entropy(model, hidden, batch["labels"][:, 1:])
-    return nats, squared_error(model, hidden, batch, option_ids)
+    squared = 0.0 if value_ids is None else squared_error(model, hidden, batch, value_ids)
+    return nats, squared
 
 def lr_scale(step: int, steps: int) -> float:
     """Learning rate as a share of its peak: linear warm-up, then a cosine down to 3%."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (0.03 + 0.97 * cosine)
+    return warmup * (0.03 + 0.97 * cosine)
 
-def sum_over_processes(tensors: list[torch.Tensor]) -> None:
-    """Adds up tensors over all processes of torchrun, in place and in one message."""
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Adds up each tensor over all processes of torchrun, in place."""
     if dist.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
+        works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for work in works:
+            work.wait()
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, dataset: FaceDataset,
-          val_set: FaceDataset, args: argparse.Namespace, start: int) -> None:
-    """Trains from step `start` on, logs and saves. Ctrl-C saves, then raises SystemExit."""
-    interrupts = []
-    signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the workers inherit it
-    order = batch_order(len(dataset), args)[start * args.grad_accum:]
-    batches = iter(DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate,
-                              num_workers=WORKERS))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    option_ids = list(dict.fromkeys(dataset.encode(value)[-1] for value in VALUES))
-    pad_id = dataset.tokenizer.pad_token_id
-    numbers = args.batch_size * args.grad_accum * args.world_size * len(ARKIT_NAMES)
-    autocast = torch.autocast(args.device.partition(":")[0], torch.bfloat16,
-                              enabled=args.dtype == "bfloat16")
-    bar = tqdm(total=args.steps, initial=start, unit=" steps", disable=True if args.rank else None)
-    began, losses, samples, tokens = time.time(), [], 0, 0
+def make_adamw(params) -> torch.optim.Optimizer:
+    """AdamW for those of the parameters that are trained."""
+    trained = [p for p in params if p.requires_grad]
+    return torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
 
-    for step in range(start, args.steps):
-        # The learning rate of this step.
-        lr = args.lr * lr_scale(step, args.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # The batches of this step, and how many tokens they supervise in all processes.
-        try:
-            step_batches = list(islice(batches, args.grad_accum))
-        except OSError as error:  # a worker could not use a picture: the last line says which
-            raise SystemExit(str(error).strip().rpartition("\n")[2])
-        supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in step_batches)
-        supervised = supervised.to(args.device)
-        sum_over_processes([supervised])
-
-        # Forward and backward. All divide by the counts of all processes: gradients simply add up.
-        loss = torch.zeros(1, device=args.device)
-        for k, batch in enumerate(step_batches):
-            tokens += int((batch["input_ids"] != pad_id).sum()) * args.world_size
-            batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-            with autocast:
-                if args.grounding:  # for the tiny model, see its section
-                    nats, squared = grounded_loss(model, batch, option_ids, pad_id, args,
-                                                  step * args.grad_accum + k)
-                else:
-                    nats, squared = answer_loss(model, batch, option_ids)
-                part = nats / supervised + args.expectation_weight * squared / numbers
-            part.backward()
-            loss += part.detach()
-
-        # The gradients of all processes; with them the loss and whether Ctrl-C was pressed.
-        stop = torch.full((1,), float(len(interrupts)), device=args.device)
-        gradients = [p.grad for p in trained if p.grad is not None]
-        sum_over_processes([*gradients, loss, stop])
-        if not math.isfinite(loss.item()):
-            raise SystemExit(f"the loss is {loss.item()} at step {step}; choose a lower --lr")
-
-        # The update.
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # The log and, from time to time, the state that --resume goes on from.
-        losses.append(loss.item())
-        samples += args.batch_size * args.grad_accum * args.world_size
-        bar.update()
-        done, stopping = step + 1, stop.item() > 0
-        saving = done % args.save_every == 0 or done == args.steps or stopping
-        if (saving or done % LOG_STEPS == 0) and args.rank == 0:
-            seconds = time.time() - began
-            line = {"step": done, "loss": sum(losses) / len(losses), "lr": lr,
-                    "samples/s": samples / seconds, "tokens/s": tokens / seconds}
-            if saving and len(val_set):
-                with autocast:
-                    line["val_loss"] = validate(model, val_set, args)
-            if saving:
-                save_state(model, optimizer, done, args)
-            with Path(args.out, "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            bar.write(" | ".join(f"{name} {value:.4g}" for name, value in line.items()), sys.stdout)
-            began, losses, samples, tokens = time.time(), [], 0, 0
-        if stopping and done < args.steps:
-            raise SystemExit(f"interrupted after step {done}; nothing is lost, add --resume")
-    bar.close()
-
-def batch_order(count: int, args: argparse.Namespace) -> list[list[int]]:
+def batch_order(count: int, args: Namespace) -> list[list[int]]:
     """Record indices of all this process's batches: a function of the seed and the sizes alone."""
     total = args.steps * args.grad_accum * args.world_size * args.batch_size
     rng = torch.Generator().manual_seed(args.seed)
     epochs = [torch.randperm(count, generator=rng) for _ in range(math.ceil(total / count))]
     order = torch.cat(epochs)[:total].view(-1, args.world_size, args.batch_size)
-    return order[:, args.rank].tolist()
+    return order[:, args.rank].tolist()  # (batches, B)
+
+def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset | None,
+          args: Namespace, start: int) -> None:
+    """Trains from step `start` on, saves, validates and logs."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    value_ids = dataset.value_ids.to(args.device) if args.expectation_weight else None
+    autocast = torch.autocast(args.device.partition(":")[0], torch.bfloat16,
+                              enabled=args.dtype == "bfloat16")
+    samples = args.batch_size * args.grad_accum * args.world_size  # a step
+    numbers = samples * len(ARKIT_NAMES)
+    pad_id = dataset.tokenizer.pad_token_id
+    batches = load_batches(dataset, batch_order(len(dataset), args)[start * args.grad_accum:])
+    began, losses, tokens = time.time(), [], 0
+
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, unit=" steps",
+                     disable=True if args.rank else None):
+        # The learning rate of this step.
+        lr = args.lr * lr_scale(step, args.steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+        # Fetch the batches and count what all processes supervise. Every loss is divided by that
+        # count, so losses and gradients are summed over passes and processes, never averaged.
+        step_batches = list(islice(batches, args.grad_accum))
+        supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in step_batches)
+        supervised = supervised.to(args.device)
+        sum_over_processes([supervised])
+
+        # Forward and backward.
+        loss = torch.zeros((), device=args.device)
+        for k, batch in enumerate(step_batches):
+            tokens += int((batch["input_ids"] != pad_id).sum())
+            batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+            with autocast:
+                if args.corrupt:  # for the tiny model, see its section
+                    batch = corrupt(model, batch, step * args.grad_accum + k, pad_id, args)
+                nats, squared = answer_loss(model, batch, value_ids)
+                part = nats / supervised + args.expectation_weight * squared / numbers
+            part.backward()
+            loss += part.detach()
+        sum_over_processes([loss, *(p.grad for p in trained)])
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise SystemExit(f"the loss is no number at step {step}; choose a lower --lr")
+
+        # The update.
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # Save first: nothing that follows can lose the step.
+        done = step + 1
+        saves = done % args.save_every == 0 or done == args.steps
+        if args.rank == 0 and saves:
+            save_state(model, optimizers, done, args)
+
+        # The log.
+        if args.rank == 0 and (saves or done % LOG_STEPS == 0):
+            seconds = time.time() - began
+            line = {"step": done, "loss": sum(losses) / len(losses), "lr": lr,
+                    "samples/s": samples * len(losses) / seconds,
+                    "tokens/s": tokens * args.world_size / seconds}
+            if saves and val_set:
+                with autocast:
+                    line["val_loss"] = validate(model, val_set, args)
+            with Path(args.out, "log.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()), sys.stdout)
+            began, losses, tokens = time.time(), [], 0
 
 @torch.no_grad()
-def validate(model: nn.Module, val_set: FaceDataset, args: argparse.Namespace) -> float:
+def validate(model: nn.Module, val_set: FaceDataset, args: Namespace) -> float:
     """Cross-entropy in nats a token behind the true beginning: it only watches over the run."""
     model.eval()
     nats, count = 0.0, 0
-    for batch in DataLoader(val_set, args.batch_size, collate_fn=val_set.collate):
+    indices = range(len(val_set))
+    for start in range(0, len(val_set), args.batch_size):
+        batch = val_set.batch(indices[start:start + args.batch_size])
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-        hidden = hidden_states(model, batch)[:, :-1]  # (B, T-1, D)
-        nats += cross_entropy(model, hidden, batch["labels"][:, 1:]).item()
-        count += int((batch["labels"] != IGNORE_INDEX).sum())
+        nats += answer_loss(model, batch)[0].item()
+        count += (batch["labels"] != IGNORE_INDEX).sum().item()
     model.train()
     return nats / count
 
 # ---- Saving and resuming -------------------------------------------------------------------------
-def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that are trained, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-def save_state(model: nn.Module, optimizer, step: int, args: argparse.Namespace) -> None:
+def save_state(model: nn.Module, optimizers: list, step: int, args: Namespace) -> None:
     """Writes state.pt under a temporary name and renames it, so that state.pt is always whole."""
     state = {"args": vars(args), "step": step, "model": trained_weights(model),
-             "optimizer": optimizer.state_dict()}
-    torch.save(state, Path(args.out, "state.partial"))
-    os.replace(Path(args.out, "state.partial"), Path(args.out, "state.pt"))
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    partial = Path(args.out, "state.partial")
+    torch.save(state, partial)
+    partial.replace(partial.with_suffix(".pt"))
 
-def load_state(args: argparse.Namespace) -> dict:
-    """Reads the state of the unfinished run in --out and takes over its settings."""
-    path = Path(args.out) / "state.pt"
+def read_state(out: str) -> dict:
+    """The state of an unfinished run."""
+    path = Path(out, "state.pt")
     if not path.is_file():
-        raise SystemExit(f"--resume: {args.out} holds no unfinished run; start without --resume")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    own = {name: getattr(args, name) for name in ("out", "device", "resume", "rank", "world_size")}
-    vars(args).update({**state["args"], **own})
-    return state
+        raise SystemExit(f"--resume: {out} holds no unfinished run; start without --resume")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+def restore(model: nn.Module, optimizers: list, out: str) -> int:
+    """Loads weights and optimizers of an unfinished run. Returns how many steps it has done."""
+    state = read_state(out)
+    model.load_state_dict(state["model"], strict=False)
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return state["step"]
 
 def save_checkpoint(model: nn.Module, tokenizer, image_processor, args) -> None:
-    """Writes what infer.py loads, an adapter as peft does; run.json marks the run as finished."""
+    """Writes what infer.py loads, an adapter as peft does. run.json marks the run as finished."""
     out = Path(args.out)
     if args.lora_rank:
         weights = {f"base_model.model.{name}.weight": weight.float().cpu().contiguous()
                    for name, weight in trained_weights(model).items()}
         save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
-        targets = "|".join(sorted({name.split(".")[-3] for name in weights}))
+        base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": args.lora_rank,
-                  "lora_alpha": args.lora_alpha, "lora_dropout": 0.0, "bias": "none",
-                  "target_modules": rf".*language_model.*\.({targets})",
-                  "base_model_name_or_path": args.model, "inference_mode": True}
-        (out / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+                  "lora_alpha": args.lora_alpha, "bias": "none",
+                  "target_modules": LORA_TARGETS, "base_model_name_or_path": base}
+        (out / "adapter_config.json").write_text(json.dumps(config, indent=1))
     else:
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        image_processor.save_pretrained(out)
+        for part in (model, tokenizer, image_processor):
+            part.save_pretrained(out)
     run = {**vars(args), "prompt": PROMPT, "torch": torch.__version__,
            "transformers": transformers.__version__}
-    (out / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    (out / "run.json").write_text(json.dumps(run, indent=1))
     (out / "state.pt").unlink()
 
 # ---- Records, a pretrained model, settings -------------------------------------------------------
 def check_coefficients(coefficients: dict) -> None:
-    """Raises ValueError unless there are the 52 ARKit names, each with a number from 0 to 1."""
-    different = sorted(set(coefficients) ^ set(ARKIT_NAMES), key=str)
-    if different:
-        raise ValueError(f"{str(different[:3]):.120} missing or unknown; expected 52 ARKit names")
-    for name, value in coefficients.items():
+    """Raises ValueError or KeyError unless the 52 ARKit names have a number from 0 to 1 each."""
+    if len(coefficients) != len(ARKIT_NAMES):
+        raise ValueError(f"{len(coefficients)} coefficients; expected the 52 ARKit names")
+    for name in ARKIT_NAMES:
+        value = coefficients[name]
         if type(value) not in (int, float) or not 0 <= value <= 1:  # True and NaN are neither
             raise ValueError(f"{name} is {value!r:.40}; expected a number from 0 to 1")
 
 def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
     """Reads annotated records. SystemExit names the first line that cannot be used."""
-    if not path.is_file() or not path.stat().st_size:
-        raise SystemExit(f"{path} does not exist or is empty; make it: annotate.py --out {path}")
-    records = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(islice(file, limit), 1):
-            try:
+    records, number = [], 0
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip() or len(records) == limit:
+                    continue
                 record = json.loads(line)
                 check_coefficients(record["coefficients"])
                 record["image"] = str(path.parent / record["image"])
-                Image.open(record["image"]).close()  # raises OSError if it is missing or no picture
+                if not Path(record["image"]).is_file():
+                    raise ValueError(f"there is no picture {record['image']}")
                 if "analysis" in PARTS[supervision]:
-                    "".join(record["description"][field] for field in FIELDS)  # all are texts
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise SystemExit(f"{path}, line {number}: {type(error).__name__} {error}; expected "
-                                 "a record with image, coefficients and description")
-            records.append(record)
+                    words = "".join(record["description"][field] for field in FIELDS)
+                    if re.search(r"<\|\w+\|>", words):
+                        raise ValueError("the description holds a special token of the model")
+                records.append(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path}, line {number}: {error}; expected records "
+                         "with image, coefficients and description, as annotate.py writes them")
+    if not records:
+        raise SystemExit(f"{path} is empty; make it: annotate.py --out {path}")
     return records
 
-def hold_out(records: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Splits records into (training, validation): the last identities, or records if below five."""
-    wanted = round(VAL_SHARE * len(records))
-    people = [str(record.get("identity")) for record in records]
-    count = Counter(people)
-    if len(count) < 5:  # frames of one recording are alike: those nearest in time stay together
-        return records[:len(records) - wanted], records[len(records) - wanted:]
-    identities, held_out = sorted(count), set()
-    while sum(count[identity] for identity in held_out) < wanted:
-        held_out.add(identities.pop())
-    training = [record for record, person in zip(records, people) if person not in held_out]
-    validation = [record for record, person in zip(records, people) if person in held_out]
-    return training, validation
-
-def prepare_records(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """The records for training and for validation. Draws the demo if it is wanted and missing."""
-    data, script = Path(args.data), Path(__file__).with_name("annotate.py")
-    if data == Path("data/demo/train.jsonl") and not data.is_file() and args.rank == 0:
-        print("drawing the demo first: python annotate.py", flush=True)
-        subprocess.run([sys.executable, str(script)], check=True)
-    if dist.is_initialized():
-        dist.barrier()
+def prepare_records(args: Namespace) -> tuple[list[dict], list[dict]]:
+    """The records for training and for validation, which may be none."""
+    data = Path(args.data)
     records = read_records(data, args.supervision, args.limit)
     val = Path(args.val) if args.val else data.with_name("val.jsonl")
-    if args.val or val.is_file() and val != data:
-        return records, read_records(val, args.supervision, VAL_RECORDS)
-    records, val_records = hold_out(records)
-    return records, val_records[:VAL_RECORDS]
+    val_records = []
+    if args.val or val.is_file() and val.resolve() != data.resolve():
+        val_records = read_records(val, args.supervision, VAL_RECORDS)
+    if args.rank == 0:
+        people = {record.get("identity", record["image"]) for record in records}
+        print(f"{data}: {len(records)} faces of {len(people)} people; validation loss on "
+              f"{val if val_records else 'nothing, name records with --val'}")
+    return records, val_records
 
-def load_pretrained(args: argparse.Namespace) -> tuple:
+def load_pretrained(args: Namespace) -> tuple:
     """(model, tokenizer, image processor) of --model; its vision encoder stays frozen."""
     try:
         kind = AutoConfig.from_pretrained(args.model).model_type
         if kind not in ("qwen3_vl", "qwen2_5_vl"):
             raise ValueError(f"it is a {kind}, expected qwen3_vl or qwen2_5_vl")
-        # AutoProcessor would need torchvision for its video half; these two do all that is needed.
+        # AutoProcessor would need torchvision for its video half. These two do all that is needed.
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(args.model)
         dtype = torch.bfloat16 if args.lora_rank and args.dtype == "bfloat16" else torch.float32
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"--model {args.model} cannot be loaded: {str(error):.300}".split("\n")[0])
+
     model.model.visual.requires_grad_(False)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha)
+    if args.checkpointing:
+        # The re-entrant form would find no input that requires a gradient and train nothing.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True  # without a C compiler, warn and go on
+        for layer in model.model.language_model.layers:
+            layer.compile(dynamic=True)  # one graph serves all layers and all lengths
     return model, tokenizer, image_processor
 
-def complete(args: argparse.Namespace) -> None:
+def resolve_settings(args: Namespace) -> None:
     """Fills in what depends on the model and the machine. SystemExit on unusable values."""
+    # The machine.
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: torch sees no GPU; use --device cpu")
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    if args.limit and args.steps is None:
-        args.epochs = args.epochs or 1.0
-    for name, (tiny, pretrained) in DEFAULTS.items():
+        args.dtype = "bfloat16" if on_gpu else "float32"
+
+    # The model.
+    is_tiny = args.model == "tiny"
+    defaults = {**(TINY if is_tiny else PRETRAINED), "compile": on_gpu and not is_tiny,
+                "corrupt": is_tiny and args.supervision == "semantic"}
+    if args.limit and args.steps is None and args.epochs is None:
+        args.epochs = 1.0
+    for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, tiny if args.model == "tiny" else pretrained)
-    if args.model == "tiny" and args.lora_rank > 0:
-        raise SystemExit("--lora-rank needs a pretrained --model; tiny trains all its weights")
+            setattr(args, name, value)
     for name, value in vars(args).items():
         least = 0 if name in ("lora_rank", "expectation_weight", "seed", "rank") else 1e-12
         if type(value) in (int, float) and value < least:
             raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a larger number")
-    if Path(args.out, "run.json").is_file():
-        raise SystemExit(f"--out {args.out} holds a finished run; delete it or name another folder")
-    if Path(args.out, "state.pt").is_file() and not args.resume:
-        raise SystemExit(f"--out {args.out} holds an unfinished run; add --resume or delete it")
+    if is_tiny and args.lora_rank:
+        raise SystemExit("--lora-rank needs a pretrained --model; tiny trains all its weights")
+    done, begun = Path(args.out, "run.json"), Path(args.out, "state.pt")
+    if done.is_file() or begun.is_file() and not args.resume:
+        raise SystemExit(f"--out {args.out} holds a run; name another folder, delete it or, if it "
+                         "is unfinished, add --resume")
 
 # ---- The demo's tiny model: skip this with a real one --------------------------------------------
-# RMSE, seed 0. Commit 86a9bcc, 2,400 steps: 0.159 without sampling, 0.098 without hidden words,
-# 0.094 so. 89adca3, numbers-first: 0.073 with a tenth of the numbers always hidden, 0.067 so.
-HIDDEN = [(0.0, 0.0), (0.3, 0.1), (1.0, 0.1)]  # share at the first and last step, by token type
-TEMPERATURE = 1.5  # of sampled words, to err as at inference: then RMSE 0.091, 0.094 was at 1.0
-SPECIAL = ["vision_start", "vision_end", "image_pad", "video_pad"]  # Qwen-VL's tokens
+# It has no pretraining, so it gets a tokenizer of its own, an optimizer that learns in fewer steps,
+# and answers in which words are hidden and sampled.
+HIDDEN = [0.0, 0.0, 0.3, 1.0]  # shares of the tokens by slot type, which fall to 0 during the run
+CANDIDATES = 10  # words are sampled among so many
+TEMPERATURE = 1.5  # of sampled words, so that they err as the model's own do at inference
+BATCH_STRIDE = 1009  # keeps the random numbers of neighbouring seeds apart
+# Qwen-VL's special tokens, and what its settings call their ids.
+SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id",
+           "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id"}
+# Weights start near 1 / sqrt(width). The library's 0.02 suits widths of thousands.
+TINY_TEXT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3,
+             "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24,
+             "initializer_range": 0.08, "tie_word_embeddings": True, "bos_token_id": None,
+             "max_position_embeddings": 4096,
+             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0,
+                                 "mrope_section": [4, 4, 4]}}
+TINY_VISION = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4,
+               "patch_size": 8, "initializer_range": 0.04, "out_hidden_size": 96,
+               "num_position_embeddings": 64, "deepstack_visual_indexes": [1]}
+TINY_PIXELS = {"patch_size": 8, "merge_size": 2,
+               "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # from -1 to 1
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer for `texts` with Qwen-VL's special tokens: any text encodes.
+    """A tokenizer of single bytes, so that any text encodes, with Qwen-VL's special tokens.
 
-    One token each: frequent words, phrases with the punctuation before them (superwords, arXiv
-    2503.13423), the pieces of the skeleton and the eleven values. Short answers train quickly.
+    The frequent phrases of `texts`, with the punctuation before them, are one token each
+    (superwords, arXiv 2503.13423), and so are the pieces of the skeleton and the eleven values.
+    "Jaw: jaw strongly opened, jaw slightly shifted left." has four tokens: "Jaw:", " jaw strongly
+    opened", ", jaw slightly shifted left" and ".". Short answers train quickly.
     """
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
-    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary += [word for word, _ in words.most_common(2000) if len(word) > 1]
-    ids = {word: index for index, word in enumerate(vocabulary)}
-    bpe = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
-    bpe.pre_tokenizer, bpe.decoder = split, decoders.ByteLevel()
+    ids = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bpe = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=[f"<|{name}|>" for name in ("im_start", *SPECIAL)])
-    phrases = Counter(phrase for text in texts for phrase in re.findall(r"[,.]?[^,.:]+:?", text))
-    pieces = [phrase for phrase, count in phrases.most_common(1000) if count >= 20]
-    pieces += [PROMPT, "user\n", "assistant\n"] + VALUES
-    pieces += [text for supervision in PARTS for text, _ in answer_skeleton(supervision)]
+        additional_special_tokens=["<|im_start|>", *SPECIAL])
+
+    phrases = Counter()
+    for text in texts:
+        phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", text))
+    pieces = [PROMPT, "user\n", "assistant\n", *VALUES]
+    pieces += [phrase for phrase, _ in phrases.most_common(1000)]
+    for supervision in PARTS:
+        pieces += [text for text, _ in answer_skeleton(supervision)]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(pieces)])
     return tokenizer
 
-def build_tiny(records: list[dict], max_pixels: int) -> tuple:
+def build_tiny(records: list[dict]) -> tuple:
     """(model, tokenizer, image processor): a Qwen3-VL of a million parameters, D = 96, 3 layers."""
-    texts = [text for record in records for text in (record.get("description") or {}).values()]
+    texts = []
+    for record in records:
+        texts += (record.get("description") or {}).values()
     tokenizer = build_tokenizer(texts)
-    to_unit = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pixels from -1 to 1
-    image_processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, **to_unit)
-    special_ids = {f"{name.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(
-        f"<|{name}|>") for name in SPECIAL}
-    # Weights start near 1 / sqrt(D); the library's 0.02 suits widths of thousands.
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 4, 4]}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 192,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-            "head_dim": 24, "initializer_range": 0.08, "tie_word_embeddings": True,
-            "max_position_embeddings": 4096, "rope_parameters": rope, "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4,
-              "patch_size": 8, "initializer_range": 0.04, "out_hidden_size": 96,
-              "num_position_embeddings": 64, "deepstack_visual_indexes": [1]}
+    image_processor = Qwen2VLImageProcessorPil(**TINY_PIXELS)
+    special_ids = {name: tokenizer.convert_tokens_to_ids(token) for token, name in SPECIAL.items()}
+    text = {**TINY_TEXT, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id}
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **special_ids))
-    pictures = [open_image(record["image"]) for record in records[:400]]
-    size = {"shortest_edge": 16 ** 2, "longest_edge": max_pixels}
-    pixels = image_processor(pictures, size=size, return_tensors="pt")
-    whiten_patches(model, pixels["pixel_values"])
+        text_config=text, vision_config=TINY_VISION, tie_word_embeddings=True, **special_ids))
+    nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)  # as strong as content
     return model, tokenizer, image_processor
 
+def orthogonalize(x: Tensor) -> Tensor:
+    """Roughly U V^T of the singular value decomposition U S V^T, by five Newton-Schulz steps."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.T).T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are made orthogonal, at the size of AdamW's (arXiv 2502.16982).
+
+    As torch.optim.Muon, but in float32: that one computes in bfloat16, for which many processors
+    have no instructions and take 25 times as long.
+    """
+
+    def __init__(self, params: list):
+        super().__init__(params, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = p.grad.lerp(momentum, 0.95).flatten(1)  # (out, in), Nesterov's momentum
+                size = 0.2 * math.sqrt(max(update.shape))
+                p.mul_(1 - group["lr"] * WEIGHT_DECAY)
+                p.sub_(orthogonalize(update).view_as(p), alpha=group["lr"] * size)
+
+def tiny_optimizers(model: nn.Module) -> list:
+    """Muon for the matrices, AdamW for embeddings, biases and norms."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        is_matrix = p.dim() > 1 and not re.search("embed_tokens|pos_embed", name)
+        (matrices if is_matrix else others).append(p)
+    return [Muon(matrices), make_adamw(others)]
+
 @torch.no_grad()
-def whiten_patches(model: nn.Module, patches: torch.Tensor) -> None:
-    """Starts the patch embedding as the whitening of real patches (P, .), as in arXiv 2404.00498:
-    the fine differences that tell expressions apart are a tiny part of the pixels' variance.
-    Commit 89adca3, numbers-first, seed 0: RMSE 0.067, without it 0.094. Other style: 0.172, 0.147.
-    """
-    image_tower = model.model.visual
-    mean = patches.mean(dim=0)
-    variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-    width = image_tower.patch_embed.embed_dim
-    whitening = (directions[:, -width:] / (variances[-width:] + 3e-3).sqrt()).T  # (D, .)
-    projection = image_tower.patch_embed.proj
-    projection.weight.copy_(whitening.view_as(projection.weight))
-    projection.bias.copy_(-whitening @ mean)
-    image_tower.pos_embed.weight.mul_(12)  # positions as strong as content
+def corrupt(model: nn.Module, batch: dict, index: int, pad_id: int, args: Namespace) -> dict:
+    """Returns the batch with tokens hidden and, in every other batch, words sampled.
 
-def grounded_loss(model: nn.Module, batch: dict, option_ids: list[int], pad_id: int,
-                  args: argparse.Namespace, forward: int) -> tuple:
-    """The loss of a forward pass in which words are hidden or sampled, to make the model look.
-
-    Word dropout (Bowman et al. 2016, Sec. 3.1): while all numbers are hidden, the picture is their
-    only source. Scheduled sampling (arXiv 1906.04331): numbers lean on the words before them, which
-    at inference are the model's own. So words are trained behind true words, and the numbers, in a
-    pass of their own, behind words that the model itself says in those places.
+    Word dropout (Bowman et al. 2016, Sec. 3.1): what is hidden has to be seen in the picture.
+    Scheduled sampling (arXiv 1906.04331): numbers lean on the words before them, which at inference
+    are the model's own. So in every other batch the numbers, and only they, are learnt behind words
+    that the model itself says in those places. In the others all is learnt, behind true words.
     """
-    stream = forward * args.world_size + args.rank
-    rng = torch.Generator().manual_seed(args.seed + 1009 * stream)  # keeps seeds 0, 1, 2, ... apart
-    progress, types = forward / (args.steps * args.grad_accum), batch["token_types"]
-    rates = torch.tensor([first + (last - first) * progress for first, last in HIDDEN])
-    is_hidden = torch.rand(types.shape, generator=rng) < rates[types.cpu()]
-    input_ids = batch["input_ids"].masked_fill(is_hidden.to(types.device), pad_id)
-    if args.supervision != "semantic":
-        return answer_loss(model, {**batch, "input_ids": input_ids}, option_ids)
-    # The words behind the true words, in every other pass at twice the weight: an eighth faster.
-    is_before = (types == NUMBER).cumsum(dim=1) == 0  # (B, T): before the first number
+    seed = args.seed + BATCH_STRIDE * (index * args.world_size + args.rank)
+    rng = torch.Generator(args.device).manual_seed(seed)
+    types = batch["slot_types"]  # (B, T)
+
+    # Hide tokens.
+    progress = index / (args.steps * args.grad_accum)
+    shares = torch.tensor(HIDDEN, device=args.device)[types] * (1 - progress)  # (B, T)
+    is_hidden = torch.rand(types.shape, generator=rng, device=args.device) < shares
+    input_ids = batch["input_ids"].masked_fill(is_hidden, pad_id)
+    if index % 2 == 0:
+        return {**batch, "input_ids": input_ids}
+
+    # What the model says in each place before the first number, behind the true words.
+    is_before = (types == NUMBER).cumsum(dim=1) == 0  # (B, T)
     n = int(is_before.sum(dim=1).max())  # in the longest answer
     part = {**batch, "input_ids": input_ids[:, :n],
             "mm_token_type_ids": batch["mm_token_type_ids"][:, :n]}
-    trains_words = forward % 2 == 0
-    with torch.set_grad_enabled(trains_words):
-        states = hidden_states(model, part)[:, :-1]  # (B, n-1, D)
-    labels = batch["labels"].masked_fill(~is_before, IGNORE_INDEX)[:, 1:n]
-    word_nats = 2 * cross_entropy(model, states, labels) if trains_words else 0.0
-    # The numbers behind sampled words, through which no gradient flows.
-    is_word = types[:, 1:n] == TEXT
-    logits = model.lm_head(states[is_word]).detach().float() / TEMPERATURE  # (words, V)
-    logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf  # not words
-    words = torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=rng)[:, 0]
-    drawn = input_ids.clone()
-    drawn[:, 1:n][is_word] = words.to(types.device)
+    logits = model.lm_head(hidden_states(model, part)[:, :-1]).float()  # (B, n-1, vocabulary)
+    logits[:, :, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
+    best, candidates = (logits / TEMPERATURE).topk(CANDIDATES)  # (B, n-1, K)
+    choice = torch.multinomial(best.softmax(dim=-1).flatten(0, 1), 1, generator=rng)  # (B (n-1), 1)
+    said = input_ids.clone()
+    said[:, 1:n] = candidates.gather(2, choice.view(-1, n - 1, 1))[:, :, 0]
+
+    # It takes the places of the words, and what stands before the numbers is not supervised.
     labels = batch["labels"].masked_fill(is_before, IGNORE_INDEX)
-    nats, squared = answer_loss(model, {**batch, "input_ids": drawn, "labels": labels}, option_ids)
-    return word_nats + nats, squared
+    return {**batch, "input_ids": said.where(types == TEXT, input_ids), "labels": labels}
 
 # ---- The stage itself ----------------------------------------------------------------------------
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     """Runs the stage."""
-    complete(args)
-    state = load_state(args) if args.resume else None
+    if args.resume:  # by the settings of the run, wherever it goes on
+        saved = read_state(args.out)["args"]
+        vars(args).update(saved, out=args.out, device=args.device, resume=True)
+    resolve_settings(args)
+    if args.data == DEMO and not Path(DEMO).is_file() and args.rank == 0:
+        print("drawing the demo first: python annotate.py", flush=True)
+        subprocess.run([sys.executable, Path(__file__).with_name("annotate.py")])
     if args.world_size > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        backend = "gloo"
+        if args.device.startswith("cuda"):
+            backend = "nccl"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # the demo is drawn meanwhile
     torch.manual_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()
+
+    # Data, model and optimizers.
     records, val_records = prepare_records(args)
     if args.epochs:
-        batches = args.epochs * len(records) / (args.batch_size * args.grad_accum)
-        args.steps = math.ceil(batches / args.world_size)
+        batches = args.epochs * len(records) / (args.batch_size * args.world_size)
+        args.steps, args.epochs = math.ceil(batches / args.grad_accum), None
     if args.model == "tiny":
-        model, tokenizer, image_processor = build_tiny(records, args.max_pixels)
+        model, tokenizer, image_processor = build_tiny(records)
     else:
         model, tokenizer, image_processor = load_pretrained(args)
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.checkpointing)
     model.to(args.device).train()
-    dataset, val_set = (FaceDataset(part, tokenizer, image_processor, args.supervision,
-                                    args.max_pixels) for part in (records, val_records))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    if state:
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-    start = state["step"] if state else 0
+    optimizers = [make_adamw(model.parameters())]
+    if args.model == "tiny":
+        optimizers = tiny_optimizers(model)
+    rest = (tokenizer, image_processor, args.supervision, args.max_pixels)
+    dataset, val_set = FaceDataset(records, *rest), FaceDataset(val_records, *rest)
+    start = restore(model, optimizers, args.out) if args.resume else 0
+
+    # Train and write.
     Path(args.out).mkdir(parents=True, exist_ok=True)
     began = time.time()
     if args.rank == 0:
-        total, count = (sum(p.numel() for p in part) for part in (model.parameters(), trained))
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.device}, "
-              f"{args.dtype}; {args.model}: {total:,} parameters, {count:,} trained")
-        print(f"{len(records)} records, {len(val_records)} for validation, {args.supervision} "
-              f"answers, steps {start} to {args.steps}", flush=True)
-    train(model, optimizer, dataset, val_set, args, start)
+        total = sum(p.numel() for p in model.parameters())
+        count = sum(p.numel() for p in trained_weights(model).values())
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}; {total:,} "
+              f"parameters, {count:,} trained; from step {start} on by {vars(args)}", flush=True)
+    train(model, optimizers, dataset, val_set, args, start)
     if args.rank == 0:
         save_checkpoint(model, tokenizer, image_processor, args)
         if args.device.startswith("cuda"):
             print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         print(f"wrote {args.out} after {(time.time() - began) / 60:.1f} minutes")
-        print("next: python infer.py" + ("" if args.out == "runs/demo" else f" --model {args.out}"))
+        print(f"next: python infer.py --model {args.out}")
 
 if __name__ == "__main__":
+    arguments = parse_args()
     try:
-        main(parse_args())
+        main(arguments)
     except torch.OutOfMemoryError:
         raise SystemExit("out of GPU memory; lower --batch-size (and raise --grad-accum for it)")
     except KeyboardInterrupt:
-        raise SystemExit("interrupted before the first step; run the same command again")
+        if not Path(arguments.out, "state.pt").is_file():
+            raise SystemExit("interrupted before the first save; run the same command again")
+        step = read_state(arguments.out)["step"]
+        raise SystemExit(f"interrupted; {arguments.out} holds step {step}, --resume goes on there")

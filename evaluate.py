@@ -13,16 +13,18 @@ Writes: a table, every number of it in a .json file, with --plot one picture
 
     python evaluate.py predictions.jsonl data/demo/val.jsonl --plot metrics.png
 
-Shapes: N images, C = 52 coefficients, G people, R resamplings, V vertices.
+Shapes: N images, C = 52 coefficients, G groups, R resamplings, V vertices.
 """
-import argparse
 import json
+import math
 import os
 import re
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
 # The 52 names in Live Link Face column order; the same block stands in every script.
@@ -38,26 +40,27 @@ ARKIT_NAMES = [
     "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
     "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
-REGIONS = {part + ("s" if part in ("brow", "eye", "cheek") else ""):
-           [k for k, name in enumerate(ARKIT_NAMES) if name.startswith(part)]
-           for part in ("brow", "eye", "nose", "cheek", "mouth", "jaw", "tongue")}
+REGIONS = {}  # the columns of each region
+for region in ("brow", "eye", "nose", "cheek", "mouth", "jaw", "tongue"):
+    columns = [k for k, name in enumerate(ARKIT_NAMES) if name.startswith(region)]
+    REGIONS[region + ("s" if region in ("brow", "eye", "cheek") else "")] = columns
 ACTIVE = 0.15  # from here on an action counts as active, as in annotate.py
 LEFT = [k for k, name in enumerate(ARKIT_NAMES)
         if name.endswith("Left") and name not in ("jawLeft", "mouthLeft")]  # 18 pairs
 RIGHT = [ARKIT_NAMES.index(ARKIT_NAMES[k].replace("Left", "Right")) for k in LEFT]
+TINY = 1e-14  # a variance below counts as none
 RESAMPLES = 1000  # bootstrap samples
-UNITS = {"mm": 1.0, "cm": 10.0, "m": 1000.0}  # millimetres
 LIP_SHAPES = [ARKIT_NAMES.index(name) for name in
               ("mouthRollUpper", "mouthRollLower", "mouthFunnel", "mouthPucker")]
-COLUMNS = {"mae": ("MAE", 4), "rmse": ("RMSE", 4), "pearson_median": ("median r", 3),
-           "pearson_above_0.8": ("r > 0.8", 0), "ccc": ("CCC", 3), "f1": ("F1", 3),
-           "asymmetry": ("left-right", 4), "vertex_mm": ("vertex mm", 2), "lip_mm": ("lip mm", 2)}
-BLUE, GREY, INK, GRID = "#0072b2", "#aaaaaa", "#282828", "#e1e1e1"
+# What is shown of a comparison: its key, its title, digits behind the point.
+COLUMNS = [("mae", "MAE", 4), ("rmse", "RMSE", 4), ("pearson_median", "median r", 3),
+           ("pearson_above_0.8", "r > 0.8", 0), ("ccc", "CCC", 3), ("f1", "F1", 3),
+           ("asymmetry", "left-right", 4), ("vertex_mm", "vertex mm", 2), ("lip_mm", "lip mm", 2)]
+BLUE, GREY, INK = "#0072b2", "#aaaaaa", "#282828"
 
-def parse_args(argv=None) -> argparse.Namespace:
+def parse_args(argv=None) -> Namespace:
     """Reads the command line, or `argv`."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="predictions, one file or several to compare, "
         "then the truth (default: predictions.jsonl data/demo/val.jsonl)")
@@ -70,352 +73,434 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 # ---- Metrics -------------------------------------------------------------------------------------
-def metrics(predicted: np.ndarray, true: np.ndarray) -> dict:
-    """Compares two arrays (N, C) of coefficients, 0 to 1.
+def metrics(predicted: ndarray, true: ndarray) -> dict:
+    """Compares two arrays (N, C) of coefficients, 0 to 1. C is 52 or a part of them.
 
-    Pearson's r and the concordance (CCC, Lin 1989) are of each coefficient whose truth varies;
-    "constant" counts the others. F1 is of "active", 0.15 or more. "asymmetry" is the mean absolute
-    error of left minus right, over the 18 pairs.
+    mae, rmse: mean absolute and root mean squared error
+    f1: of "active", which is 0.15 or more
+    pearson_median, pearson_mean, pearson_above_0.8 (how many), ccc (the mean): of the coefficients
+        whose truth varies, see correlations(). Where none does, these are left out
+    constant: how many do not vary
+    asymmetry: mean absolute error of left minus right over the 18 pairs, if C is 52
     """
     error = predicted - true  # (N, C)
-    r, ccc = (values[~np.isnan(values)] for values in correlations(predicted, true))
-    seen, active = predicted >= ACTIVE, true >= ACTIVE
+    is_active = true >= ACTIVE
+    is_found = predicted >= ACTIVE
+    hits = (is_active & is_found).sum()
     result = {"mae": np.abs(error).mean(),
               "rmse": np.sqrt((error ** 2).mean()),
-              "f1": 2 * (seen & active).sum() / max(seen.sum() + active.sum(), 1),
-              "constant": true.shape[1] - len(r)}
-    if len(r):
-        result |= {"pearson_median": np.median(r),
-                   "pearson_mean": r.mean(),
-                   "pearson_above_0.8": (r > 0.8).sum(),
-                   "ccc": ccc.mean()}
+              "f1": 2 * hits / max(is_active.sum() + is_found.sum(), 1)}
+
+    r, ccc = correlations(predicted, true)  # (C,)
+    varies = ~np.isnan(r)
+    result["constant"] = (~varies).sum()
+    if varies.any():
+        result["pearson_median"] = np.median(r[varies])
+        result["pearson_mean"] = r[varies].mean()
+        result["pearson_above_0.8"] = (r[varies] > 0.8).sum()
+        result["ccc"] = ccc[varies].mean()
+
     if true.shape[1] == len(ARKIT_NAMES):
         result["asymmetry"] = np.abs(error[:, LEFT] - error[:, RIGHT]).mean()
-    return {name: np.asarray(value).item() for name, value in result.items()}
+    return {name: value.item() for name, value in result.items()}
 
-def correlations(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pearson's r and CCC (C,) of the columns of (N, C), NaN where the truth does not vary."""
-    x, y = predicted - predicted.mean(axis=0), true - true.mean(axis=0)  # (N, C)
-    covariance, var_x, var_y = (x * y).mean(axis=0), (x * x).mean(axis=0), (y * y).mean(axis=0)
-    gap = predicted.mean(axis=0) - true.mean(axis=0)
-    varies = var_y > 1e-14
-    # A prediction that does not vary has r = 0.
-    scale = np.sqrt(np.where(varies & (var_x > 1e-14), var_x * var_y, np.inf))
-    r = np.where(varies, covariance / scale, np.nan)
-    ccc = np.where(varies, 2 * covariance / np.where(varies, var_x + var_y + gap ** 2, 1), np.nan)
+def correlations(predicted: ndarray, true: ndarray) -> tuple:
+    """Pearson's r and the concordance correlation (CCC), each (C,), of the columns of two arrays
+    (N, C). NaN where the truth does not vary.
+
+    r = s_xy / (s_x s_y), CCC = 2 s_xy / (s_x^2 + s_y^2 + (m_x - m_y)^2) (Lin 1989).
+    """
+    mean_x, mean_y = predicted.mean(axis=0), true.mean(axis=0)  # (C,)
+    x = predicted - mean_x  # (N, C)
+    y = true - mean_y
+    covariance = (x * y).mean(axis=0)  # (C,)
+    var_x = (x * x).mean(axis=0)
+    var_y = (y * y).mean(axis=0)
+    gap = mean_x - mean_y
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = covariance / np.sqrt(var_x * var_y)
+        ccc = 2 * covariance / (var_x + var_y + gap ** 2)
+
+    # A prediction that never varies has seen nothing. Where the truth never does, there is no r.
+    r[var_x <= TINY] = 0
+    r[var_y <= TINY] = np.nan
+    ccc[var_y <= TINY] = np.nan
     return r, ccc
 
-def uncertainty(std: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> dict:
-    """How deviations (N, C) tell the absolute errors, where the truth is active: their Spearman
-    correlation, and the share within one and two (68% and 95% of a normal distribution)."""
-    active = true >= ACTIVE
-    std, error = std[active], np.abs(predicted - true)[active]
-    within = [(error <= times * std).mean().item() for times in (1, 2)]
-    return {"spearman": spearman(std, error), "within_1_std": within[0], "within_2_std": within[1]}
+def uncertainty(std: ndarray, predicted: ndarray, true: ndarray) -> dict:
+    """How deviations (N, C) tell the absolute errors, where the truth is active.
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    Their Spearman correlation, and the share of errors within one and two deviations, which is 68%
+    and 95% for a normal distribution. Empty if nothing is active.
+    """
+    is_active = true >= ACTIVE
+    if not is_active.any():
+        return {}
+    std = std[is_active]  # (active,)
+    error = np.abs(predicted - true)[is_active]
+    return {"spearman": spearman(std, error),
+            "within_1_std": (error <= std).mean().item(),
+            "within_2_std": (error <= 2 * std).mean().item()}
+
+def spearman(a: ndarray, b: ndarray) -> float:
     """Spearman's rank correlation of two arrays (N,), ties at their mean rank; 0 if constant."""
     ranks = []
     for values in (a, b):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum() - (counts - 1) / 2)[inverse])
-    return float(np.corrcoef(*ranks)[0, 1]) if min(map(np.ptp, ranks)) > 0 else 0.0
+        mean_ranks = counts.cumsum() - (counts - 1) / 2  # of each distinct value
+        ranks.append(mean_ranks[inverse])
+    if min(map(np.ptp, ranks)) == 0:
+        return 0.0
+    return np.corrcoef(*ranks)[0, 1].item()
 
 # ---- Intervals -----------------------------------------------------------------------------------
-def resample(sums: np.ndarray, seed: int) -> np.ndarray:
-    """Sums of each person (G, K) -> their totals in R bootstrap samples (R, K) of whole people,
-    since images of one person are alike (Efron & Tibshirani 1993, Ch. 8)."""
-    rng, count = np.random.default_rng(seed), len(sums)
-    draws = (rng.integers(count, size=count) for _ in range(RESAMPLES))
-    return np.array([np.bincount(people, minlength=count) @ sums for people in draws])
+def bootstrap(columns: dict, groups: ndarray, seed: int) -> dict:
+    """Means of each column (N,) in R bootstrap samples, (R,) each.
 
-def interval(samples: np.ndarray) -> list[float]:
+    Whole groups are drawn, as images of one person are alike (Efron & Tibshirani 1993, Ch. 8).
+    `groups` (N,) holds the number of the group that an image belongs to.
+    """
+    rng = np.random.default_rng(seed)
+    sums = np.stack([np.bincount(groups, column) for column in columns.values()])  # (K, G)
+    sizes = np.bincount(groups)  # (G,)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(sizes), size=len(sizes))
+        times = np.bincount(drawn, minlength=len(sizes))  # (G,)
+        means.append(sums @ times / (sizes @ times))
+    return dict(zip(columns, np.transpose(means)))
+
+def interval(samples: ndarray) -> list:
     """The 95% percentile interval of R samples (Efron & Tibshirani 1993, Ch. 13)."""
     return np.percentile(samples, (2.5, 97.5)).tolist()
 
 def intervals(errors: dict, people: list, seed: int) -> dict:
-    """95% intervals of each file's MAE and RMSE, of paired differences from the first, by region.
-    `errors` are arrays (N, C) by file, `people` says whose image each of the N is."""
-    _, groups = np.unique(people, return_inverse=True)  # (N,)
-    if groups.max() < 4:  # too few people to resample: images instead
-        groups = np.arange(len(groups))
-    first = next(iter(errors.values()))
-    columns = [np.ones(len(groups))]  # what is summed over each person's images
-    for error in errors.values():
-        columns += [np.abs(error).mean(axis=1), (error ** 2).mean(axis=1)]
-    columns += [(first[:, region] ** 2).mean(axis=1) for region in REGIONS.values()]
-    sums = np.stack([np.bincount(groups, column) for column in columns], axis=1)  # (G, K)
-    totals = resample(sums, seed)  # (R, K)
-    means = totals[:, 1:] / totals[:, :1]  # (R, K - 1)
-    samples = {file: {"mae": means[:, 2 * k], "rmse": np.sqrt(means[:, 2 * k + 1])}
-               for k, file in enumerate(errors)}
-    base, *others = samples
-    by_region = np.sqrt(means[:, 2 * len(errors):]).T  # (regions, R)
-    return {"intervals": {file: {metric: interval(values) for metric, values in both.items()}
-                          for file, both in samples.items()},
-            "differences": {f"{file} minus {base}": {
-                metric: interval(values - samples[base][metric])
-                for metric, values in samples[file].items()} for file in others},
-            "region_intervals": dict(zip(REGIONS, map(interval, by_region)))}
+    """95% intervals of each file's MAE and RMSE, and of its paired differences from the first file.
+
+    `errors` are arrays (N, C) by file, `people` says whose image each of the N is. With fewer than
+    five people, images are resampled instead.
+    """
+    names, groups = np.unique(people, return_inverse=True)  # (G,), (N,)
+    resampled = f"{len(names)} identities: people, or takes where nobody was named"
+    if len(names) < 5:
+        groups = np.arange(len(people))
+        resampled = f"{len(people)} pictures, since there are fewer than five identities"
+
+    # What is averaged over the images of a sample.
+    columns = {}
+    for file, error in errors.items():
+        columns[file, "mae"] = np.abs(error).mean(axis=1)  # (N,)
+        columns[file, "mse"] = (error ** 2).mean(axis=1)
+    means = bootstrap(columns, groups, seed)
+
+    result = {"resampled": resampled, "intervals": {}, "differences": {}}
+    base = next(iter(errors))
+    for file in errors:
+        mae, rmse = means[file, "mae"], np.sqrt(means[file, "mse"])  # (R,)
+        result["intervals"][file] = {"mae": interval(mae), "rmse": interval(rmse)}
+        if file != base:
+            result["differences"][f"{file} minus {base}"] = {
+                "mae": interval(mae - means[base, "mae"]),
+                "rmse": interval(rmse - np.sqrt(means[base, "mse"]))}
+    return result
 
 # ---- Descriptions --------------------------------------------------------------------------------
-def agreement(predictions: list[dict], truth: list[dict]) -> dict:
-    """Shares of descriptions with the same category and symmetry, word for word, and precision,
-    recall and F1 of the words of the movements. Empty if there are none."""
+def count_words(description: dict) -> Counter:
+    """How often each word occurs in the movements of a description."""
+    return Counter(re.findall(r"\w+", str(description.get("muscle_movements")).lower()))
+
+def agreement(predictions: list, truth: list) -> dict:
+    """Compares N descriptions. Empty if there are none.
+
+    expression_category, symmetry: shares that agree word for word
+    precision, recall, f1: of the words of the movements, counted over all descriptions
+    """
     pairs = [(p["description"], t["description"]) for p, t in zip(predictions, truth)
-             if isinstance(p.get("description"), dict) and isinstance(t.get("description"), dict)]
+             if type(p.get("description")) is type(t.get("description")) is dict]
     if not pairs:
         return {}
-    bags = [[Counter(re.findall(r"\w+", str(d.get("muscle_movements")).lower())) for d in pair]
-            for pair in pairs]
-    written = sum(p.total() for p, _ in bags)
-    right = sum(t.total() for _, t in bags)
-    common = sum((p & t).total() for p, t in bags)
-    same = {field: sum(p.get(field) == t.get(field) for p, t in pairs) / len(pairs)
-            for field in ("expression_category", "symmetry")}
-    return {**same, "precision": common / max(written, 1), "recall": common / max(right, 1),
-            "f1": 2 * common / max(written + right, 1)}
+    same, predicted, true, common = Counter(), 0, 0, 0
+    for p, t in pairs:
+        same.update(field for field in t if p.get(field) == t[field])
+        p_words, t_words = count_words(p), count_words(t)
+        predicted += p_words.total()
+        true += t_words.total()
+        common += (p_words & t_words).total()
+    return {"expression_category": same["expression_category"] / len(pairs),
+            "symmetry": same["symmetry"] / len(pairs),
+            "precision": common / max(predicted, 1),
+            "recall": common / max(true, 1),
+            "f1": 2 * common / max(predicted + true, 1)}
 
 # ---- Perceptual error: the face that the coefficients drive --------------------------------------
-def read_rig(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """Displacements (C, V, 3) in mm, which vertices are lips (V,), and the unit of the files."""
-    def vertices(path: Path) -> np.ndarray:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return np.array([line.split()[1:4] for line in lines if line.startswith("v ")], dtype=float)
+def read_vertices(path: Path) -> ndarray:
+    """The vertices (V, 3) of an OBJ file."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return np.array([line.split()[1:4] for line in lines if line.startswith("v ")], dtype=float)
 
-    files = {re.sub("_L$", "Left", re.sub("_R$", "Right", p.stem[:1].lower() + p.stem[1:])): p
-             for p in folder.glob("*.obj")}
-    missing = [name for name in ["neutral", *ARKIT_NAMES[:-1]] if name not in files]  # no tongueOut
-    if missing:
-        raise SystemExit(f"--rig {folder} lacks {missing[:4]}; expected an .obj for each shape")
+def read_rig(folder: Path) -> tuple:
+    """Reads Neutral.obj and an OBJ file for each shape. SystemExit if one is missing or different.
+
+    Returns displacements (C, V, 3) in mm and which vertices are lips (V,).
+    """
+    files = {}
+    for path in folder.glob("*.obj"):
+        name = re.sub("_L$", "Left", re.sub("_R$", "Right", path.stem))
+        files[name[:1].lower() + name[1:]] = path
     try:
-        neutral = vertices(files["neutral"])
-        shapes = [vertices(files.get(name, files["neutral"])) for name in ARKIT_NAMES]
+        neutral = read_vertices(files["neutral"])  # (V, 3)
+        files.setdefault("tongueOut", files["neutral"])
+        shapes = [read_vertices(files[name]) for name in ARKIT_NAMES]
         deltas = np.stack(shapes) - neutral  # (C, V, 3)
-        height = np.ptp(neutral[:, 1])
-    except (ValueError, IndexError) as error:
-        raise SystemExit(f"--rig {folder}: {error}; expected equal numbers of vertices \"v x y z\"")
-    # OBJ knows no units, but a face is 10 to 60 cm high. Lips are what a lip shape moves by half of
-    # its largest displacement or more.
-    unit = next((unit for unit, size in UNITS.items() if 100 <= height * size <= 600), "mm")
-    deltas *= UNITS[unit]  # mm
-    moved = np.linalg.norm(deltas[LIP_SHAPES], axis=2)  # (4, V)
-    lips = (moved >= moved.max(axis=1, keepdims=True) / 2).any(axis=0)
-    return deltas, lips, unit
+    except (KeyError, ValueError, IndexError) as error:
+        raise SystemExit(f"--rig {folder}: {error}; expected Neutral.obj and an .obj a shape, with "
+                         'equal numbers of vertices "v x y z"')
 
-def vertex_errors(predicted: np.ndarray, true: np.ndarray, rig: tuple) -> dict:
-    """Errors in mm between the faces that two (N, C) drive: L2 distance, mean over vertices, and
-    the largest of an image's lips, then the mean (CodeTalker, arXiv 2301.02379)."""
-    deltas, lips, _ = rig
+    # OBJ knows no units, but a face is 10 to 60 cm high.
+    height = np.ptp(neutral[:, 1])
+    for size in (1.0, 10.0, 1000.0):  # millimetres: if the unit is mm, cm or m
+        if 100 <= height * size <= 600:
+            deltas = deltas * size
+            break
+
+    # Lips are what a lip shape moves by half of its largest displacement or more.
+    moved = np.linalg.norm(deltas[LIP_SHAPES], axis=2)  # (4, V)
+    farthest = moved.max(axis=1, keepdims=True)  # (4, 1)
+    is_lip = (moved >= farthest / 2).any(axis=0)  # (V,)
+    return deltas, is_lip
+
+def vertex_errors(predicted: ndarray, true: ndarray, rig: tuple) -> dict:
+    """Errors in mm between the faces that two arrays (N, C) drive.
+
+    vertex_mm: L2 distance, mean over vertices and images
+    lip_mm: the largest distance of an image's lips, mean over images (CodeTalker, arXiv 2301.02379,
+        whose code squares it)
+    """
+    deltas, is_lip = rig
     mean, lip = [], []
     for error in predicted - true:  # (C,)
-        distance = np.linalg.norm(np.tensordot(error, deltas, axes=1), axis=1)  # (V,)
+        displacement = np.tensordot(error, deltas, axes=1)  # (V, 3)
+        distance = np.linalg.norm(displacement, axis=1)  # (V,)
         mean.append(distance.mean())
-        lip.append(distance[lips].max())
+        lip.append(distance[is_lip].max())
     return {"vertex_mm": np.mean(mean).item(), "lip_mm": np.mean(lip).item()}
 
-# ---- Reading -------------------------------------------------------------------------------------
+# ---- Reading and matching ------------------------------------------------------------------------
 # check_coefficients stands word for word in distill.py: scripts share no code.
 def check_coefficients(coefficients: dict) -> None:
-    """Raises ValueError unless there are the 52 ARKit names, each with a number from 0 to 1."""
-    different = sorted(set(coefficients) ^ set(ARKIT_NAMES), key=str)
-    if different:
-        raise ValueError(f"{str(different[:3]):.120} missing or unknown; expected 52 ARKit names")
-    for name, value in coefficients.items():
+    """Raises ValueError or KeyError unless the 52 ARKit names have a number from 0 to 1 each."""
+    if len(coefficients) != len(ARKIT_NAMES):
+        raise ValueError(f"{len(coefficients)} coefficients; expected the 52 ARKit names")
+    for name in ARKIT_NAMES:
+        value = coefficients[name]
         if type(value) not in (int, float) or not 0 <= value <= 1:  # True and NaN are neither
             raise ValueError(f"{name} is {value!r:.40}; expected a number from 0 to 1")
 
-def read_records(path: Path, allow_errors: bool = False) -> dict[str, dict]:
-    """Records by the real path of their image, with arrays (C,) of coefficients and std. SystemExit
-    names an unusable or repeated line, a record with "error" passes if `allow_errors`."""
-    if not path.is_file() or not path.stat().st_size:
-        raise SystemExit(f"{path} does not exist or is empty; expected prediction or label records")
-    records = {}
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
+def to_array(coefficients: dict) -> ndarray:
+    """The coefficients as (C,), in the order of ARKIT_NAMES, after a check."""
+    check_coefficients(coefficients)
+    return np.array([coefficients[name] for name in ARKIT_NAMES])
+
+def read_records(path: Path) -> list[dict]:
+    """Records with the real path of their image and, without "error", arrays (C,) of coefficients
+    and std. SystemExit names a line that cannot be used."""
+    records, number = [], 0
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
                 record = json.loads(line)
-                image = os.path.realpath(path.parent / record["image"])
-                if image in records:
-                    raise ValueError(f"a second record of {record['image']:.200}")
-                failed = allow_errors and record.get("error")
-                for field in ("coefficients", "std") if record.get("std") else ("coefficients",):
-                    if not failed:
-                        check_coefficients(record[field])
-                        record[field] = np.array([record[field][name] for name in ARKIT_NAMES])
-            except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(f"{path}, line {number}: {type(error).__name__} {str(error):.400};"
-                                 " expected a record with image and coefficients")
-            records[image] = record
+                record["image"] = os.path.realpath(path.parent / record["image"])
+                if not record.get("error"):
+                    record["coefficients"] = to_array(record["coefficients"])
+                    record["std"] = to_array(record["std"]) if record.get("std") else None
+                records.append(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path}, line {number}: {error!s:.400}; expected a record with image and "
+                         "coefficients")
+    if not records:
+        raise SystemExit(f"{path} is empty; expected prediction or label records")
     return records
+
+def by_image(file: str) -> dict:
+    """The records of a file by the real path of their image. SystemExit if one comes twice."""
+    found = {}
+    for record in read_records(Path(file)):
+        if record["image"] in found:
+            raise SystemExit(f"{file}: a second record of {record['image']:.300}")
+        found[record["image"]] = record
+    return found
+
+def match(runs: dict, truth: dict) -> list:
+    """The images that all runs have predicted. SystemExit unless the runs are of the truth's."""
+    images = list(truth)
+    for file, run in runs.items():
+        failed = {image for image in run if run[image].get("error")}
+        missing = truth.keys() - run.keys()
+        extra = run.keys() - truth.keys() - failed
+        if missing or extra:
+            raise SystemExit(f"{file}: {len(missing)} pictures have no prediction, {len(extra)} "
+                             f"predictions have no truth, as {min(missing | extra):.200}; run "
+                             "infer.py on the truth file")
+        images = [image for image in images if image not in failed]
+    if not images:
+        raise SystemExit(f"none of the {len(truth)} pictures has a prediction in every file")
+    return images
+
+# ---- Comparing -----------------------------------------------------------------------------------
+def stack(records: list, field: str = "coefficients") -> ndarray:
+    """The arrays (C,) of N records as one (N, C)."""
+    return np.stack([record[field] for record in records])
+
+def compare(runs: dict, truth: list, baselines: dict, rig: tuple | None, args: Namespace) -> dict:
+    """All results.
+
+    `runs` are N records a file, of which the first file is looked at in detail. `truth` is N
+    records, `baselines` are arrays (N, C) by name.
+    """
+    true = stack(truth)  # (N, C)
+    predicted = {file: stack(records) for file, records in runs.items()}
+    results = {"models": {}, "baselines": {}}
+    for part, arrays in (("models", predicted), ("baselines", baselines)):
+        for name, array in arrays.items():
+            results[part][name] = metrics(array, true)
+            if rig:
+                results[part][name] |= vertex_errors(array, true, rig)
+    people = [str(record.get("identity", record["image"])) for record in truth]
+    errors = {file: array - true for file, array in predicted.items()}  # (N, C) each
+    results |= intervals(errors, people, args.seed)
+
+    # What follows is of the first file alone, beside the best baseline.
+    records, *_ = runs.values()
+    first, *_ = predicted.values()
+    *_, baseline = baselines.values()
+    results["description"] = agreement(records, truth)
+    results["uncertainty"] = {}
+    if all(record["std"] is not None for record in records):
+        results["uncertainty"] = uncertainty(stack(records, "std"), first, true)
+
+    results["by_region"] = {}
+    for region, columns in REGIONS.items():
+        results["by_region"][region] = metrics(first[:, columns], true[:, columns])
+
+    results["by_coefficient"] = {}
+    for k, name in enumerate(ARKIT_NAMES):
+        values = metrics(first[:, [k]], true[:, [k]])
+        before = metrics(baseline[:, [k]], true[:, [k]])
+        results["by_coefficient"][name] = {"pearson": values.get("pearson_median"), "ccc": None,
+                                           "baseline": before["rmse"], **values}
+
+    results["by"] = {}
+    values = np.array([str(record.get(args.by)) for record in truth])
+    for value in np.unique(values).tolist() if args.by else []:
+        chosen = values == value
+        results["by"][value] = metrics(first[chosen], true[chosen]) | {"images": int(chosen.sum())}
+    return results
 
 # ---- Table and plot ------------------------------------------------------------------------------
 def print_report(results: dict) -> None:
-    """Prints the table that `results` holds."""
-    first = results["models"][results["predictions"][0]]
-    columns = {name: column for name, column in COLUMNS.items() if name in first}
-
-    def row(label: str, values: dict) -> None:
-        cells = [f"{round(values[name], digits) + 0.0:11.{digits}f}" if name in values else " " * 11
-                 for name, (_, digits) in columns.items()]  # + 0.0: no -0.000
-        print(f"{label[-24:]:24s}{''.join(cells)}")
+    """Prints what `results` holds."""
+    # A row for each file, baseline, region and value of --by, with the columns that the first has.
+    rows = results["models"] | results["baselines"]
+    for part in (results["by_region"], results["by"]):
+        rows |= {f"  {name}": values for name, values in part.items()}
+    first, *_ = rows.values()
+    columns = [column for column in COLUMNS if column[0] in first]
 
     print(f"{results['images']} pictures, {results['errors']} without prediction and left out")
-    print(" " * 24 + "".join(f"{title:>11s}" for title, _ in columns.values()))
-    for name, values in results["models"].items():
-        row(name, values)
-        (low, high), (low2, high2) = (results["intervals"][name][m] for m in ("mae", "rmse"))
-        print(f"    95%: MAE {low:.4f} to {high:.4f}, RMSE {low2:.4f} to {high2:.4f}")
-    for name, values in results["baselines"].items():
-        row(name, values)
-    for region, values in results["by_region"].items():
-        row(f"  {region} ({len(REGIONS[region])})", values)
-    for value, values in list(results["by"].items())[:20]:
-        row(f"  {value} ({values['images']})", values)
-    each = results["by_coefficient"]
-    ranked = sorted((name for name in each if each[name]["pearson"] is not None),
-                    key=lambda name: each[name]["pearson"])
-    shown = [f"{name} {each[name]['pearson']:.2f}" for name in ranked]
-    print(f"worst r: {', '.join(shown[:4])}; best: {', '.join(shown[-4:])}")
-    if "training mean" in results["baselines"]:
-        ratio = first["rmse"] / results["baselines"]["training mean"]["rmse"]
-        print(f"RMSE is {ratio:.2f} of the training mean's (1.00: nothing was learnt)")
-    if results["description"]:
-        d = results["description"]
-        print(f"description: category agrees in {d['expression_category']:.0%}, symmetry in "
-              f"{d['symmetry']:.0%}; words of the movements: precision {d['precision']:.2f}, "
-              f"recall {d['recall']:.2f}, F1 {d['f1']:.2f}")
-    if results["uncertainty"]:
-        u = results["uncertainty"]
-        print(f"active coefficients: Spearman's correlation of deviation and error "
-              f"{u['spearman']:.2f}; {u['within_1_std']:.0%} of the errors within one deviation, "
-              f"{u['within_2_std']:.0%} within two")
-    for name, difference in results["differences"].items():
-        for metric, (low, high) in difference.items():
-            verdict = "no clear difference"
-            if low > 0 or high < 0:
-                verdict = "higher" if low > 0 else "lower"
-            print(f"{name}: {COLUMNS[metric][0]} {low:+.4f} to {high:+.4f}, {verdict}")
+    titles = [f"{title:>11s}" for _, title, _ in columns]
+    print(" " * 24 + "".join(titles))
+    for label, values in rows.items():
+        cells = []
+        for key, _, digits in columns:
+            cells.append(f"{values[key]:z11.{digits}f}" if key in values else " " * 11)
+        print(f"{label[-24:]:24s}" + "".join(cells))
 
-def draw_plot(results: dict, predicted: np.ndarray, true: np.ndarray) -> Image.Image:
-    """One picture: error and r by coefficient, predicted against true, intervals by region."""
-    chart = Image.new("RGB", (1800, 1180), "white")
+    # Below it the rest.
+    print(f"95% intervals, resampling {results['resampled']}")
+    for name, both in (results["intervals"] | results["differences"]).items():
+        for metric, (low, high) in both.items():
+            print(f"    {metric.upper():5s}{low:.4f} to {high:.4f}  {name}")
+
+    mean = results["baselines"].get("training mean")
+    if mean and mean["rmse"] > 0:
+        ratio = first["rmse"] / mean["rmse"]
+        print(f"RMSE is {ratio:.2f} of the training mean's (1: nothing was learnt)")
+    for part in ("description", "uncertainty"):
+        shown = [f"{name} {value:.2f}" for name, value in results[part].items()]
+        print(f"{part}: {', '.join(shown) or 'none'}")
+
+def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
+    """One picture: error and r by coefficient, predicted against true of the most active."""
+    chart = Image.new("RGB", (1780, 1180), "white")
     draw = ImageDraw.Draw(chart)
     small, large = ImageFont.load_default(15), ImageFont.load_default(24)
-    draw.text((30, 20), "RMSE by coefficient (line: baseline)", INK, large)
-    draw.text((520, 20), "Pearson r", INK, large)
-    each, top, step = results["by_coefficient"], 84, 20.6
-    longest = max(max(values["rmse"], values["baseline"]) for values in each.values()) or 1.0
+    draw.text((30, 20), "RMSE by coefficient (line: baseline), Pearson r", INK, large)
+    draw.text((800, 20), "Predicted against true, the nine most active", INK, large)
+
+    # A row for each coefficient: a bar up to its error, a line at the baseline's, and its r.
+    each = results["by_coefficient"]
+    longest = max(max(values["rmse"], values["baseline"], 0.01) for values in each.values())
+    scale = 420 / longest  # pixels
     for row, (name, values) in enumerate(each.items()):
-        y = top + step * row
+        y = 84 + 20.6 * row
+        baseline = 195 + scale * values["baseline"]
         draw.text((185, y), name, INK, small, anchor="rm")
-        draw.rectangle([195, y - 6, 195 + 270 * values["rmse"] / longest, y + 6], BLUE)
-        x = 195 + 270 * values["baseline"] / longest
-        draw.line([x, y - 9, x, y + 9], INK, 2)
-        draw.line([520, y, 720, y], GRID, 1)
-        if values["pearson"] is not None:
-            x = 520 + 200 * max(values["pearson"], 0)
-            draw.ellipse([x - 5, y - 5, x + 5, y + 5], BLUE)
-    for r in (0, 0.5, 1):
-        draw.text((520 + 200 * r, top + step * 52), f"{r:.1f}", INK, small, anchor="mm")
-    draw.text((790, 20), "Predicted against true, the six most active", INK, large)
-    chosen = np.linspace(0, len(true) - 1, min(len(true), 600)).astype(int)
-    for panel, k in enumerate(np.argsort(-true.mean(axis=0))[:6]):
-        x0, y0 = 800 + 330 * (panel % 3), 90 + 330 * (panel // 3)
-        draw.rectangle([x0, y0, x0 + 270, y0 + 270], outline=GREY)
-        draw.line([x0, y0 + 270, x0 + 270, y0], GREY, 1)
-        draw.text((x0 + 135, y0 + 285), ARKIT_NAMES[k], INK, small, anchor="mm")
-        for t, p in zip(true[chosen, k], predicted[chosen, k]):
-            x, y = x0 + 270 * t, y0 + 270 * (1 - p)
-            draw.ellipse([x - 2, y - 2, x + 2, y + 2], BLUE)
-    draw.text((790, 780), "RMSE by region, 95% intervals (grey: baseline)", INK, large)
-    regions = results["by_region"]
-    longest = max(max(v["interval"][1], v["baseline"]) for v in regions.values()) or 1.0
-    for row, (region, values) in enumerate(regions.items()):
-        y = 845 + 44 * row
-        draw.text((890, y), region, INK, small, anchor="rm")
-        draw.rectangle([905, y + 5, 905 + 800 * values["baseline"] / longest, y + 15], GREY)
-        draw.rectangle([905, y - 11, 905 + 800 * values["rmse"] / longest, y + 3], BLUE)
-        low, high = (905 + 800 * end / longest for end in values["interval"])
-        draw.line([low, y - 4, high, y - 4], INK, 3)
-        draw.text((high + 10, y - 4), f"{values['rmse']:.3f}", INK, small, anchor="lm")
+        draw.rectangle([195, y - 6, 195 + scale * values["rmse"], y + 6], BLUE)
+        draw.line([baseline, y - 9, baseline, y + 9], INK, 2)
+        draw.text((690, y), f"{values['pearson'] or 0:.2f}", INK, small, anchor="rm")
+
+    # A panel for each of the most active: a dot a picture, on the diagonal if it is right.
+    some = slice(None, None, len(true) // 600 + 1)
+    most_active = np.argsort(-true.mean(axis=0))[:9]
+    for panel, k in enumerate(most_active):
+        left = 800 + 330 * (panel % 3)
+        top = 84 + 365 * (panel // 3)
+        right, bottom = left + 300, top + 300
+        draw.rectangle([left, top, right, bottom], outline=GREY)
+        draw.line([left, bottom, right, top], GREY)
+        draw.text((left + 150, bottom + 18), ARKIT_NAMES[k], INK, small, anchor="mm")
+
+        x = left + 300 * true[some, k]  # (dots,)
+        y = bottom - 300 * predicted[some, k]
+        for box in np.stack([x - 2, y - 2, x + 2, y + 2], axis=1).tolist():
+            draw.ellipse(box, BLUE)
     return chart
 
 # ---- The stage itself ----------------------------------------------------------------------------
-def main(args: argparse.Namespace) -> None:
-    """Runs the stage."""
-    *files, truth_file = args.files + ["predictions.jsonl", "data/demo/val.jsonl"][len(args.files):]
-    if args.plot and Path(args.plot).suffix.lower() != ".png":
-        raise SystemExit(f"--plot {args.plot}: expected a file that ends in .png")
+def main(args: Namespace) -> None:
+    """Runs the stage: reads, matches, compares, reports, writes."""
+    defaults = ["predictions.jsonl", "data/demo/val.jsonl"]
+    *files, truth_file = args.files + defaults[len(args.files):]
     rig = read_rig(Path(args.rig)) if args.rig else None
-    runs = {file: read_records(Path(file), allow_errors=True) for file in files}
-    truth = read_records(Path(truth_file))
-    for file, run in runs.items():
-        usable = {image for image, record in run.items() if not record.get("error")}
-        missing, extra = sorted(truth.keys() - run.keys()), sorted(usable - truth.keys())
-        if missing or extra:
-            raise SystemExit(f"{file}: {len(missing)} pictures have no prediction "
-                             f"{str(missing[:2]):.150}, {len(extra)} predictions have no truth "
-                             f"{str(extra[:2]):.150}; run infer.py on the truth file")
-    images = [image for image in truth if not any(run[image].get("error") for run in runs.values())]
-    if not images:
-        raise SystemExit(f"{files[0]}: none of {len(truth)} pictures has a prediction")
+    runs = {file: by_image(file) for file in files}
+    truth = by_image(truth_file)
+
+    images = match(runs, truth)
+    runs = {file: [run[image] for image in images] for file, run in runs.items()}
     true_records = [truth[image] for image in images]
-    if args.by and args.by not in true_records[0]:
-        raise SystemExit(f"--by {args.by}: no such field among {', '.join(true_records[0]):.300}")
-    true = np.stack([record["coefficients"] for record in true_records])  # (N, C)
-    predicted = {file: np.stack([run[image]["coefficients"] for image in images])
-                 for file, run in runs.items()}
-    baselines = {"zeros": np.zeros_like(true)}
+
+    # Predictions that see no picture.
+    shape = (len(images), len(ARKIT_NAMES))
+    baselines = {"zeros": np.zeros(shape)}
     train_file = Path(args.train or Path(truth_file).with_name("train.jsonl"))
     if args.train or train_file.is_file():
-        train = np.stack([record["coefficients"] for record in read_records(train_file).values()])
-        baselines["training mean"] = np.broadcast_to(train.mean(axis=0), true.shape)
-    results = {"predictions": files, "truth": truth_file, "images": len(truth),
-               "errors": len(truth) - len(images), "by": {}, "uncertainty": {},
-               "models": {file: metrics(values, true) for file, values in predicted.items()},
-               "baselines": {name: metrics(values, true) for name, values in baselines.items()}}
-    people = [str(record.get("identity", image)) for record, image in zip(true_records, images)]
-    errors = {file: values - true for file, values in predicted.items()}
-    results |= intervals(errors, people, args.seed)
-    if rig:
-        for values, arrays in ((results["models"], predicted), (results["baselines"], baselines)):
-            for name, array in arrays.items():
-                values[name] |= vertex_errors(array, true, rig)
-        results["rig_unit"] = rig[2]
+        mean = stack(read_records(train_file)).mean(axis=0)  # (C,)
+        baselines["training mean"] = np.broadcast_to(mean, shape)
 
-    # What follows is of the first file alone.
-    first, records = predicted[files[0]], [runs[files[0]][image] for image in images]
-    results["description"] = agreement(records, true_records)
-    if all(record.get("std") is not None for record in records) and (true >= ACTIVE).any():
-        std = np.stack([record["std"] for record in records])
-        results["uncertainty"] = uncertainty(std, first, true)
-    baseline = list(baselines.values())[-1]
-    r, ccc = correlations(first, true)
-    each = {"mae": np.abs(first - true).mean(axis=0), "pearson": r, "ccc": ccc,
-            "rmse": np.sqrt(((first - true) ** 2).mean(axis=0)),
-            "baseline": np.sqrt(((baseline - true) ** 2).mean(axis=0))}  # (C,) each
-    each = {metric: [None if np.isnan(value) else float(value) for value in values]
-            for metric, values in each.items()}
-    results["by_coefficient"] = {name: {metric: values[k] for metric, values in each.items()}
-                                 for k, name in enumerate(ARKIT_NAMES)}
-    results["by_region"] = {region: {
-        **metrics(first[:, columns], true[:, columns]),
-        "interval": results["region_intervals"][region],
-        "baseline": metrics(baseline[:, columns], true[:, columns])["rmse"]}
-        for region, columns in REGIONS.items()}
-    if args.by:
-        values = np.array([str(record.get(args.by)) for record in true_records])
-        results["by"] = {str(value): {"images": int((values == value).sum()),
-                                      **metrics(first[values == value], true[values == value])}
-                         for value in np.unique(values)}
+    results = compare(runs, true_records, baselines, rig, args)
+    results |= {"predictions": files, "truth": truth_file,
+                "images": len(truth), "errors": len(truth) - len(images)}
     print_report(results)
+
     for path in filter(None, (args.out, args.plot)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"every number is in {args.out}")
     if args.plot:
-        draw_plot(results, first, true).save(args.plot)
-    print(f"wrote {' and '.join(filter(None, (args.out, args.plot)))}")
+        chart = draw_plot(results, stack(runs[files[0]]), stack(true_records))
+        chart.save(args.plot, "PNG")
     print(f"next: python annotate.py {files[0]} --render --out avatars")
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ answer is complete and valid. The model decides the words and, for each coeffici
 over 0.0, 0.1, ... 1.0, whose mean is the estimate (RAIL, arXiv 2403.04182).
 
 Reads:  pictures, folders of pictures, .jsonl records with an "image", a folder of distill.py or,
-        with --prompt, any Qwen-VL or PEFT adapter for one
+        with --prompt, any Qwen-VL or PEFT adapter for one, as the authors' own
 Writes: prediction records, one JSON object a line, with --csv a Live Link Face take, with --plot
         charts. A picture that cannot be used gets its "error" and null coefficients
     {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05,
@@ -16,20 +16,25 @@ Writes: prediction records, one JSON object a line, with --csv a Live Link Face 
 
 Shapes: B images, T tokens so far, n new tokens, D width, C = 52 coefficients, L tokens a number.
 """
-import argparse
 import csv
 import json
 import math
 import os
 import re
 import textwrap
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import RawDescriptionHelpFormatter
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain, takewhile
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -48,30 +53,31 @@ ARKIT_NAMES = [
     "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
     "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 ]
+LIVELINK_NAMES = [name[0].upper() + name[1:] for name in ARKIT_NAMES]  # EyeBlinkLeft, ...
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # a coefficient is written with one decimal
-# What an answer holds, in its order; the paper's is "semantic".
+# What an answer holds, in its order. The paper's is "semantic".
 PARTS = {"semantic": ("analysis", "arkit"), "numeric": ("arkit",),
          "numbers-first": ("arkit", "analysis")}
-# A numbered heading of an answer in Markdown: "**1. Category**" or "4. **Symmetry**: symmetric".
-HEADING = re.compile(
-    r"(?im)^\W*\d[.)]\W*[^\n:*]*(?:category|movement|implication|symmetry)[^\n:*]*[*:]*")
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
+# Endings of pictures; .heic, which Pillow cannot open, is named in an error, not left out.
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]  # the last columns of a Live Link take
-MAX_TEXT_TOKENS, MAX_NEW_TOKENS = 400, 2048  # of a description field, of a free answer
-FOREIGN_PIXELS = 1024 * 32 * 32  # at most, for a checkpoint trained elsewhere: 1024 image tokens
-INK, GRID = "#282828", "#e1e1e1"
-COLORS = {"subject's left": "#0072b2", "subject's right": "#e69f00", "unpaired": "#787878"}
+MAX_TEXT_TOKENS, MAX_NEW_TOKENS = 600, 2048  # of a text slot, of a free answer
+AUTHORS_PIXELS = 1024 * 32 * 32  # at most, for a checkpoint trained elsewhere: 1024 image tokens
+BAR, INK = "#0072b2", "#282828"
 
-def parse_args(argv=None) -> argparse.Namespace:
+def parse_args(argv=None) -> Namespace:
     """Reads the command line, or `argv`."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", default=["data/demo/val.jsonl"],
         help="pictures, folders of them, .jsonl records (default: the demo's held-out faces)")
-    add("--model", default="runs/demo", help="checkpoint folder (default %(default)s)")
-    add("--prompt", help="file for a checkpoint trained elsewhere: [system prompt, ---,] prompt")
+    add("--model", default="runs/demo", help="checkpoint, adapter or hub id (default %(default)s)")
+    add("--base", default="", help="base model of an adapter, if its own note of it is wrong here")
+    add("--prompt", default="", help="for a checkpoint trained elsewhere: a text file, [system "
+        "prompt, ---,] prompt, or a .jsonl with messages")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
     add("--csv", help="also write a Live Link Face take, one row for each picture in order")
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
@@ -79,249 +85,325 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--decode", choices=["forced", "generate"], default="forced",
         help="feed the skeleton, or read what the model writes freely (default %(default)s)")
     add("--estimate", choices=["mean", "median", "mode"], default="mean",
-        help="of each distribution; mode is the greedy answer (default %(default)s)")
-    add("--numeric", action=argparse.BooleanOptionalAction, default=False, help="numbers only")
+        help="of each distribution, mode is the greedy answer (default %(default)s)")
+    add("--numeric", action=BooleanOptionalAction, default=False, help="leave out words at the end")
+    add("--resume", action=BooleanOptionalAction, default=False, help="go on with the same command")
     add("--batch-size", type=int, default=32, help="pictures at a time (default %(default)s)")
     add("--limit", type=int, help="use the first LIMIT pictures only")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the weights; auto is bfloat16 on a GPU (default %(default)s)")
+        help="of the weights, auto is bfloat16 on a GPU (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
 
 # ---- Forced decoding: feed the skeleton, decide the slots ----------------------------------------
-# One answer, shortened. The model decides what stands in [ ]; the rest is the skeleton, and fed:
+# One answer, shortened. The model decides what stands in [ ]. The rest is the skeleton, and fed:
 #   {"analysis": {"expression_category": "[slight happiness]", ..., "symmetry": "[symmetric]"},
 #    "arkit": {"eyeBlinkLeft": [0.1], "eyeLookDownLeft": [0.0], ..., "tongueOut": [0.0]}}
+# The answer of the authors' checkpoint, and of any other that distill.py has not trained:
+#   [1. **Facial Expression Category**: ... 4. **Symmetry**: ...]
+#   {"EyeBlinkLeft": [0.1], "EyeLookDownLeft": [0.0], ..., "TongueOut": [0.0]}
 
-def answer_skeleton(supervision: str) -> list[tuple]:
-    """The answer as (fixed text, slot) pairs; a slot is a field, a coefficient or, last, None."""
+def answer_skeleton(supervision: str) -> list:
+    """The answer as (fixed text, slot) pairs: ('{"arkit": {"eyeBlinkLeft": ', "eyeBlinkLeft"), ...
+
+    A slot is a field, "text", a coefficient or, last, None. "authors" stands for their answer, the
+    others for the forms that distill.py trains.
+    """
     # An answer with 999 in every slot, cut there.
-    blanks = {"analysis": dict.fromkeys(FIELDS, "999"), "arkit": dict.fromkeys(ARKIT_NAMES, 999)}
-    answer = {part: blanks[part] for part in PARTS[supervision]}
-    slots = [slot for part in answer.values() for slot in part]
-    return list(zip(json.dumps(answer).split("999"), [*slots, None]))
+    if supervision == "authors":
+        text = "999" + json.dumps(dict.fromkeys(LIVELINK_NAMES, 999))
+        slots = ["text", *ARKIT_NAMES]
+    else:
+        blanks = {"analysis": dict.fromkeys(FIELDS, "999"),
+                  "arkit": dict.fromkeys(ARKIT_NAMES, 999)}
+        answer = {part: blanks[part] for part in PARTS[supervision]}
+        text, slots = json.dumps(answer), list(chain(*answer.values()))
+    return list(zip(text.split("999"), [*slots, None]))
 
-class Answers:
-    """B answers in the making: the key-value cache and attention mask (B, T) of their tokens."""
+@dataclass
+class State:
+    """B answers in the making."""
+    model: nn.Module
+    cache: DynamicCache  # keys and values of all tokens so far
+    mask: Tensor  # (B, T), 0 where a token is padding
+    offset: Tensor  # (B, 1), of positions behind an image, which has fewer positions than tokens
+    last: Tensor  # (B, 1, D), the last hidden states
 
-    def __init__(self, network, inputs: dict):
-        self.network, self.cache, self.mask = network, DynamicCache(), inputs["attention_mask"]
-        network.model(**inputs, past_key_values=self.cache, use_cache=True)
-        self.offset = network.model.rope_deltas  # (B, 1), of that call: images take fewer positions
-
-    def feed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def feed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Appends tokens (B, n), padding where the mask is 0. Returns hidden states (B, n, D)."""
         self.mask = torch.cat([self.mask, mask], dim=1)  # (B, T)
-        positions = (self.mask.cumsum(dim=1) - 1)[:, -ids.shape[1]:] + self.offset  # (B, n)
-        # Text has the same position in time, height and width.
-        return self.network.model(
-            input_ids=ids, attention_mask=self.mask, position_ids=positions.expand(3, -1, -1),
-            past_key_values=self.cache, use_cache=True).last_hidden_state
+        positions = self.mask.cumsum(dim=1) - 1 + self.offset  # (B, T)
+        positions = positions[:, -ids.shape[1]:]  # (B, n)
+        hidden = self.model.model(
+            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
+            position_ids=positions.expand(3, -1, -1),  # of text alike in time, height and width
+        ).last_hidden_state
+        self.last = hidden[:, -1:]
+        return hidden
 
     def drop(self, count: int) -> None:
         """Takes back the last tokens."""
         self.cache.crop(-count)
         self.mask = self.mask[:, :-count]
 
-def decode_text(answers: Answers, skeleton_ids: list[int], closing_id: int) -> list[list[int]]:
-    """Feeds a piece of skeleton, then decodes greedily until every answer chose the closing token,
-    with which the next piece begins. Returns the token ids of each text, in the cache padded."""
-    ids = torch.tensor(skeleton_ids, device=answers.mask.device).repeat(len(answers.mask), 1)
-    is_open = torch.ones_like(ids[:, :1])  # (B, 1), 0 where the text has ended
-    texts = [[] for _ in ids]
+def prefill(model: nn.Module, inputs: dict) -> State:
+    """Feeds the prompts (B, T) with their images. The answers come behind them."""
+    cache = DynamicCache()
+    output = model.model(**inputs, past_key_values=cache, use_cache=True)
+    offset = model.model.rope_deltas  # which this call has left in the model
+    return State(model, cache, inputs["attention_mask"], offset, output.last_hidden_state[:, -1:])
+
+def decode_text(state: State, skeleton_ids: list, closing_id: int) -> list:
+    """Feeds a piece of skeleton, then decodes greedily until every answer has chosen the token that
+    closes its text. That token is the first of the next piece, so it is not fed here.
+
+    Returns the token ids of each text. The shorter ones stand in the cache with padding behind.
+    """
+    is_open = torch.ones_like(state.mask[:, :1])  # (B, 1), 0 where the text has ended
+    if skeleton_ids:
+        ids = torch.tensor(skeleton_ids, device=is_open.device).repeat(len(is_open), 1)  # (B, n)
+        state.feed(ids, torch.ones_like(ids))
+
+    columns = [is_open[:, :0]]
     for _ in range(MAX_TEXT_TOKENS):
-        hidden = answers.feed(ids, is_open.expand_as(ids))[:, -1:]  # (B, 1, D)
-        ids = answers.network.lm_head(hidden).argmax(dim=-1)  # (B, 1)
+        ids = state.model.lm_head(state.last).argmax(dim=-1)  # (B, 1)
         is_open = is_open & (ids != closing_id)
         if not is_open.any():
-            return texts
-        for text, token, goes_on in zip(texts, ids[:, 0].tolist(), is_open[:, 0].tolist()):
-            if goes_on:
-                text.append(token)
-    answers.feed(ids, is_open)  # a text that is cut off: its last token has not been fed
-    return texts
+            break
+        columns.append(ids)
+        state.feed(ids, is_open)
+    rows = torch.cat(columns, dim=1).tolist()  # B lists, each up to its closing token
+    return [list(takewhile(lambda token: token != closing_id, row)) for row in rows]
 
-def decode_numbers(answers: Answers, pieces: list[tuple], value_ids: torch.Tensor) -> tuple:
+def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
     """Decides the coefficients by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
 
     All numbers are guessed, fed at once, and replaced by what the model chooses in their places.
-    The first wrong token, and all before it, are now greedy, what follows is guessed better in the
+    The first wrong token, and all before it, are now greedy. What follows is guessed better in the
     next pass, which starts there. When nothing changes, the numbers are the greedy answer. `pieces`
-    are (token ids, slot) of the skeleton. Returns distributions (B, C, 11) and choices (B, C).
+    are (token ids, slot) of the skeleton, `value_ids` (11, L) the tokens of 0.0, 0.1 and so on.
+    Returns distributions (B, C, 11) and choices (B, C).
     """
-    block, columns = [], []
+    # The block of tokens, with 0.0 as the first guess of each number.
+    block, starts = [], []
     for skeleton_ids, slot in pieces:
         if slot in ARKIT_NAMES:
             block += skeleton_ids
-            columns.append(list(range(len(block), len(block) + value_ids.shape[1])))
-            block += value_ids[0].tolist()  # 0.0 is the first guess
-    columns = torch.tensor(columns, device=value_ids.device)  # (C, L): where the numbers stand
-    tokens = torch.tensor(block, device=value_ids.device).repeat(len(answers.mask), 1)  # (B, n)
-    guess = torch.zeros(len(tokens), len(columns), dtype=torch.long, device=value_ids.device)
-    hidden = answers.feed(tokens, torch.ones_like(tokens))  # (B, n, D)
+            starts.append(len(block))
+            block += value_ids[0].tolist()
+    columns = torch.tensor(starts)[:, None] + torch.arange(value_ids.shape[1])  # (C, L)
+    tokens = torch.tensor(block, device=value_ids.device).repeat(len(state.mask), 1)  # (B, n)
+    guess = torch.zeros_like(tokens[:, starts])  # (B, C)
+
+    hidden = state.feed(tokens, torch.ones_like(tokens))  # (B, n, D)
     while True:
-        probabilities, choice = read_numbers(
-            answers.network.lm_head.weight, hidden[:, columns - 1], value_ids)
-        changed = (choice != guess).any(dim=0).nonzero()[:, 0]  # slots
+        before = hidden[:, columns - 1]  # (B, C, L, D): position t - 1 predicts token t
+        probabilities, choice = read_numbers(state.model.lm_head.weight, before, value_ids)
+        changed = (choice != guess).any(dim=0).nonzero()  # slots
         if not len(changed):
             return probabilities, choice
+
+        # Feed anew from the first number that has changed.
         guess = choice
         tokens[:, columns] = value_ids[choice]  # (B, C, L)
-        start = int(columns[changed[0], 0])
-        answers.drop(len(block) - start)
-        hidden[:, start:] = answers.feed(tokens[:, start:], torch.ones_like(tokens[:, start:]))
+        start = starts[changed[0]]
+        state.drop(len(block) - start)
+        rest = tokens[:, start:]
+        hidden[:, start:] = state.feed(rest, torch.ones_like(rest))
 
-def read_numbers(weight: torch.Tensor, hidden: torch.Tensor, value_ids: torch.Tensor) -> tuple:
+def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     """Distributions (B, C, 11) and greedy choice (B, C) from lm_head's matrix and the hidden states
     (B, C, L, D) that predict a number's tokens, of which `value_ids` (11, L) are possible."""
-    last = hidden[:, :, -1]  # (B, C, D)
-    if value_ids.shape[1] == 1:  # a number is one token: eleven options
+    last = hidden[:, :, -1]  # (B, C, D): predicts the last token
+    digits_are_split = value_ids.shape[1] > 1
+    if not digits_are_split:
         scores = (last @ weight[value_ids[:, 0]].T).float()  # (B, C, 11)
         return scores.softmax(dim=-1), scores.argmax(dim=-1)
-    # Digits are split: "0" or "1", then "." and the tenths, of which "1." allows only "0".
-    whole = (hidden[:, :, 0] @ weight[value_ids[[0, 10], 0]].T).float()  # (B, C, 2)
+
+    # First "0" or "1", then ".", then the tenths, of which "1." allows only "0".
+    first = hidden[:, :, 0]  # (B, C, D)
+    whole = (first @ weight[value_ids[[0, 10], 0]].T).float()  # (B, C, 2)
     tenths = (last @ weight[value_ids[:10, -1]].T).float()  # (B, C, 10)
     is_one = whole.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
-    # Where 1.0 is chosen, the tenths behind "0." are not known: its share counts as 0.9.
-    nine = torch.eye(10, device=tenths.device)[9]
-    tenths = torch.where(is_one[:, :, None], nine, tenths.softmax(dim=-1))
-    whole = whole.softmax(dim=-1)
+
+    # Where "1" is chosen, the model has not been asked for the tenths behind "0.". The share of "0"
+    # then counts as 0.9, its value next to 1.0.
+    tenths, whole = tenths.softmax(dim=-1), whole.softmax(dim=-1)
+    tenths[is_one] = torch.eye(10, device=tenths.device)[9]
     return torch.cat([whole[:, :, :1] * tenths, whole[:, :, 1:]], dim=-1), choice
 
 @torch.inference_mode()
-def decode_forced(model: "Model", inputs: dict, supervision: str) -> tuple:
+def decode_forced(predictor: "Predictor", inputs: dict, supervision: str) -> tuple:
     """Distributions (B, C, 11), greedy choice among VALUES (B, C) and descriptions of a batch."""
-    def encode(text: str) -> list[int]:
-        return model.tokenizer.encode(text, add_special_tokens=False)
+    tokenizer = predictor.tokenizer
+
+    def encode(text: str) -> list:
+        return tokenizer.encode(text, add_special_tokens=False)
 
     pieces = [(encode(text), slot) for text, slot in answer_skeleton(supervision)]
-    value_ids = torch.tensor([encode(value) for value in VALUES], device=model.network.device)
-    answers = Answers(model.network, inputs)
-    descriptions = [{} for _ in inputs["input_ids"]]
+    value_ids = torch.tensor([encode(value) for value in VALUES], device=predictor.model.device)
+    state = prefill(predictor.model, inputs)
+    written = [{} for _ in inputs["input_ids"]]  # {slot: text} of each answer
     for (skeleton_ids, slot), (next_ids, _) in zip(pieces, pieces[1:]):
-        if slot in FIELDS:
-            texts = decode_text(answers, skeleton_ids, closing_id=next_ids[0])
-            for description, ids in zip(descriptions, texts):
-                description[slot] = model.tokenizer.decode(ids).replace('\\"', '"')
+        if slot == "text" or slot in FIELDS:
+            texts = decode_text(state, skeleton_ids, closing_id=next_ids[0])
+            for answer, ids in zip(written, texts):
+                text = tokenizer.decode(ids)
+                answer[slot] = unescape(text) if slot in FIELDS else text
         elif slot == ARKIT_NAMES[0]:  # all 52 numbers at once
-            probabilities, choice = decode_numbers(answers, pieces, value_ids)
-    return probabilities, choice, descriptions
+            probabilities, choice = decode_numbers(state, pieces, value_ids)
 
-def estimate(probabilities: torch.Tensor, choice: torch.Tensor, statistic: str) -> tuple:
+    descriptions = [read_headings(**answer) if "text" in answer else answer for answer in written]
+    return probabilities, choice, [words or None for words in descriptions]
+
+def unescape(text: str) -> str:
+    """What a text within JSON stands for: \\" is a quote. As it is, if it is no JSON."""
+    try:
+        return json.loads(f'"{text}"', strict=False)
+    except ValueError:
+        return text
+
+def summarize(probabilities: Tensor, choice: Tensor, estimate: str) -> tuple:
     """Mean, median or mode and standard deviation, each (B, C), of distributions (B, C, 11)."""
     values = torch.arange(len(VALUES), device=probabilities.device) / 10
     mean = (probabilities @ values).clamp(0, 1)
     std = (probabilities @ values ** 2 - mean ** 2).clamp(min=0).sqrt()
-    if statistic == "mean":
+    if estimate == "mean":
         return mean, std
-    if statistic == "median":
-        return values[(probabilities.cumsum(dim=-1) >= 0.5).float().argmax(dim=-1)], std
+    if estimate == "median":
+        choice = (probabilities.cumsum(dim=-1) < 0.5).sum(dim=-1)  # how many come before the half
     return values[choice], std
 
 # ---- Free decoding: let the model write, read what it wrote --------------------------------------
-def read_answer(text: str) -> tuple[dict, dict | None]:
+def read_headings(text: str) -> dict | None:
+    """The four fields from text with four numbered headings, as in "1. **Category**: joy" or in
+    "**1. Category**" with the text below. None without them."""
+    sections = re.split(r"(?m)^\W*[1-4][.)]", text.replace("**", ""))[1:]
+    if len(sections) != len(FIELDS):
+        return None
+    bodies = [re.split("[:\n]", section, maxsplit=1)[-1].split() for section in sections]
+    return {field: " ".join(words) for field, words in zip(FIELDS, bodies)}
+
+def read_answer(text: str) -> tuple:
     """(52 coefficients, description or None) of a free answer, by ARKit's or Live Link's names.
 
-    The last JSON object counts, values are clipped to 0..1. Raises ValueError if one is missing.
+    Values are clipped to 0..1. Raises ValueError if one is missing.
     """
-    answer, start = {}, text.find("{")
-    while start >= 0:
-        try:
-            answer, stop = json.JSONDecoder().raw_decode(text, start)
-        except json.JSONDecodeError:
-            stop = start + 1
-        start = text.find("{", stop)
+    answer, start = {}, re.search(r'\{\s*"', text)
+    if start:
+        with suppress(ValueError):  # torn, or a number of thousands of digits
+            answer, _ = json.JSONDecoder().raw_decode(text, start.start())
     given = answer["arkit"] if isinstance(answer.get("arkit"), dict) else answer
-    numbers = {name[:1].lower() + name[1:]: value for name, value in given.items()
-               if type(value) in (int, float) and math.isfinite(value)}
+
+    numbers = {}
+    for name, value in given.items():
+        if type(value) in (int, float) and abs(value) < math.inf:  # NaN is not
+            numbers[name[:1].lower() + name[1:]] = min(max(0.0, value), 1.0)
     missing = [name for name in ARKIT_NAMES if name not in numbers]
     if missing:
         raise ValueError(f"the answer lacks {len(missing)} coefficients: {', '.join(missing[:3])}")
     description = answer.get("analysis")
-    sections = HEADING.split(text[:text.rfind("{")])[1:]
-    if not isinstance(description, dict) and len(sections) == len(FIELDS):
-        lines = [[line.strip(" \t*-:") for line in section.splitlines()] for section in sections]
-        description = {field: " ".join(part).strip() for field, part in zip(FIELDS, lines)}
-    return {name: min(max(0.0, numbers[name]), 1.0) for name in ARKIT_NAMES}, description
+    if not isinstance(description, dict):
+        description = read_headings(text[:start.start()])
+    return {name: numbers[name] for name in ARKIT_NAMES}, description
 
 # ---- Loading a checkpoint ------------------------------------------------------------------------
 @dataclass
-class Model:
+class Predictor:
     """What `load` returns and `predict` takes."""
-    network: torch.nn.Module  # a Qwen-VL, its adapter merged
+    model: nn.Module  # a Qwen-VL, its adapter merged
     tokenizer: object
     image_processor: object
     system: str  # the chat's system turn, mostly empty
     prompt: str  # what the user says beside the picture
-    supervision: str  # what an answer holds, a key of PARTS
+    supervision: str  # what an answer holds, a key of PARTS or "authors"
     max_pixels: int  # larger pictures are scaled down to this
 
-def load(model_dir: str, device: str = "cpu", dtype: str = "auto",
-         prompt_file: str | None = None) -> Model:
+def read_prompt(path: Path) -> dict:
+    """{"system", "prompt"} of a text file, or of the first record's messages in a .jsonl."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix != ".jsonl":
+        *system, prompt = text.split("\n---\n")
+        return {"system": "".join(system).strip(), "prompt": prompt.strip()}
+    record = json.loads(text.strip().split("\n")[0])
+    turns = {message["role"]: message["content"] for message in record["messages"]}
+    return {"system": turns.get("system", ""), "prompt": turns["user"].removeprefix("<image>")}
+
+def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: str = "",
+         base: str = "") -> Predictor:
     """Loads a folder of distill.py or, with `prompt_file`, any Qwen-VL or PEFT adapter for one.
-    Raises SystemExit if it is unfinished, damaged, or an adapter of another model."""
-    run_file, adapter_file = (Path(model_dir, f) for f in ("run.json", "adapter_config.json"))
+
+    `base` is the base model of an adapter whose own note of it does not hold here. Raises
+    SystemExit if something is unfinished, damaged, or an adapter of another model.
+    """
+    folder = Path(model_dir)
+    run_file, adapter_file = folder / "run.json", folder / "adapter_config.json"
     if not run_file.is_file() and not prompt_file:
         raise SystemExit(f"--model {model_dir} holds no finished checkpoint (run.json); make one: "
-                         f"python distill.py, finish it (--out {model_dir} --resume), or give the "
-                         "--prompt FILE of one that was trained elsewhere")
+                         "python distill.py, finish it with --resume, or give the --prompt FILE of "
+                         "one that was trained elsewhere")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    run = {"supervision": "semantic", "max_pixels": FOREIGN_PIXELS}
-    system, base, adapter = [], model_dir, {}
+    run = {"supervision": "authors", "max_pixels": AUTHORS_PIXELS, "system": ""}
+    source = model_dir
     try:
         if run_file.is_file():
-            run = json.loads(run_file.read_text(encoding="utf-8"))
+            run |= json.loads(run_file.read_text(encoding="utf-8"))
         if prompt_file:
-            *system, run["prompt"] = Path(prompt_file).read_text(encoding="utf-8").split("\n---\n")
+            run |= read_prompt(Path(prompt_file))
         if adapter_file.is_file():
             adapter = json.loads(adapter_file.read_text(encoding="utf-8"))
-            updates = load_file(Path(model_dir, "adapter_model.safetensors"))
-            base = adapter["base_model_name_or_path"]
-        network = AutoModelForImageTextToText.from_pretrained(base, dtype=getattr(torch, dtype))
-        # AutoProcessor would need torchvision for its video half; these two do all that is needed.
-        model = Model(network.eval(), AutoTokenizer.from_pretrained(base),
-                      Qwen2VLImageProcessorPil.from_pretrained(base), "".join(system).strip(),
-                      run["prompt"].strip(), run["supervision"], run["max_pixels"])
+            updates = load_file(folder / "adapter_model.safetensors")
+            source = base or adapter["base_model_name_or_path"]
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
+        # AutoProcessor would need torchvision for its video half. These two do all that is needed.
+        predictor = Predictor(model.eval(), AutoTokenizer.from_pretrained(source),
+                              Qwen2VLImageProcessorPil.from_pretrained(source), run["system"],
+                              run["prompt"], run["supervision"], run["max_pixels"])
     except Exception as error:  # a damaged file surfaces as one of a dozen types
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"--model {model_dir} or its --prompt cannot be read ({reason:.300})")
-    if adapter:
-        merge_adapter(network, adapter, updates)
-    network.to(device)
-    return model
+        raise SystemExit(f"--model {model_dir} or its --prompt cannot be read ({error!r:.250}); "
+                         f"its weights were looked for in {source}, --base names another place")
+    if adapter_file.is_file():
+        merge_adapter(model, adapter, updates)
+    model.to(device)
+    return predictor
 
 @torch.no_grad()
-def merge_adapter(network, config: dict, updates: dict) -> None:
+def merge_adapter(model: nn.Module, config: dict, updates: dict) -> None:
     """Adds alpha / r B A of a PEFT adapter to the weights (LoRA, arXiv 2106.09685, Eq. 3).
 
-    Raises SystemExit at a tensor that is no half of a pair of matrices for a weight, as DoRA's
-    magnitudes: an adapter that matches nothing would silently do nothing.
+    Raises SystemExit unless the tensors are pairs of matrices that fit a weight each: an adapter
+    that matches nothing would silently do nothing.
     """
-    weights = dict(network.named_parameters())
-    for key in sorted(updates):
-        name = key.removeprefix("base_model.model.").partition(".lora_")[0]
-        key_a, key_b = (f"base_model.model.{name}.lora_{matrix}.weight" for matrix in "AB")
-        is_paired = key in (key_a, key_b) and {key_a, key_b} <= updates.keys()
-        if not is_paired or f"{name}.weight" not in weights:
-            raise SystemExit(f"the adapter's {key} matches no weight of its base model; expected "
-                             "pairs of LoRA matrices for the model that it was trained on")
-        if key == key_a:
-            low, high = updates[key_a].float(), updates[key_b].float()  # (r, in), (out, r)
-            alpha = config["lora_alpha"]
-            for pattern, value in (config.get("alpha_pattern") or {}).items():
-                if re.fullmatch(rf"(.*\.)?{pattern}", name):
-                    alpha = value
-            scale = alpha / (math.sqrt(len(low)) if config.get("use_rslora") else len(low))
-            weight = weights[f"{name}.weight"]
-            weight.copy_((weight.float() + scale * high @ low).to(weight.dtype))
+    weights = dict(model.named_parameters())
+    stems = sorted({key.partition(".lora_")[0] for key in updates})
+    if not stems or len(updates) != 2 * len(stems):
+        raise SystemExit("the adapter holds nothing, or other tensors than pairs of LoRA matrices")
+    for stem in stems:
+        name = stem.removeprefix("base_model.model.")
+        alpha = config["lora_alpha"]
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):  # as in peft, the first that matches counts
+                alpha = value
+                break
+        try:
+            low = updates[f"{stem}.lora_A.weight"].float()  # (r, in)
+            high = updates[f"{stem}.lora_B.weight"].float()  # (out, r)
+            weight, product = weights[f"{name}.weight"], high @ low
+            if product.shape != weight.shape:
+                raise ValueError("its shape is another")
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise SystemExit(f"the adapter's {name} does not fit its base model ({error}); --base "
+                             "names another one")
+        scale = alpha / (math.sqrt(len(low)) if config.get("use_rslora") else len(low))
+        weight.copy_((weight.float() + scale * product).to(weight.dtype))
 
 # ---- Pictures -> predictions ---------------------------------------------------------------------
-# open_image, prompt_text and answer_skeleton stand word for word in distill.py.
+# open_image and prompt_text stand word for word in distill.py, list_pictures in annotate.py.
 def open_image(path: str) -> Image.Image:
     """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    image = ImageOps.exif_transpose(Image.open(path, formats=IMAGE_FORMATS))
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -334,222 +416,237 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
     image = "<|vision_start|>" + "<|image_pad|>" * image_tokens + "<|vision_end|>"
     return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-def prepare(model: Model, pixels: list[dict]) -> dict:
+def prepare(predictor: Predictor, pixels: list) -> dict:
     """Model inputs of B pictures: prompts (B, T) are padded on the left, answers start together."""
     grid = torch.cat([one["image_grid_thw"] for one in pixels])  # (B, 3)
-    counts = grid.prod(dim=1) // model.image_processor.merge_size ** 2  # (B,) image tokens
-    system = f"<|im_start|>system\n{model.system}<|im_end|>\n" if model.system else ""
-    texts = [system + prompt_text(model.prompt, count) for count in counts.tolist()]
-    batch = model.tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False,
-                            return_tensors="pt")
-    image_pad_id = model.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    inputs = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        # Without these types generate() would quietly fall back to text positions for the image.
-        "mm_token_type_ids": (batch["input_ids"] == image_pad_id).long(),
-        "pixel_values": torch.cat([one["pixel_values"] for one in pixels]),  # (patches, .)
-        "image_grid_thw": grid,
-    }
-    return {name: tensor.to(model.network.device) for name, tensor in inputs.items()}
+    counts = grid.prod(dim=1) // predictor.image_processor.merge_size ** 2  # (B,) image tokens
+    system = ""
+    if predictor.system:
+        system = f"<|im_start|>system\n{predictor.system}<|im_end|>\n"
+    texts = [system + prompt_text(predictor.prompt, count) for count in counts.tolist()]
+    inputs = predictor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt",
+                                 add_special_tokens=False, return_token_type_ids=False)
+    # Without these types generate() would quietly fall back to text positions for the image.
+    image_pad_id = predictor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_pad_id).long()
+    inputs["pixel_values"] = torch.cat([one["pixel_values"] for one in pixels])  # (patches, .)
+    inputs["image_grid_thw"] = grid
+    return dict(inputs.to(predictor.model.device))
 
-def predict(model: Model, images: list, statistic: str = "mean", numeric: bool = False,
+def predict(predictor: Predictor, images: list, estimate: str = "mean", numeric: bool = False,
             decoding: str = "forced") -> list[dict]:
     """The prediction records of one batch of images, given as paths or open pictures, in order.
 
     A picture that cannot be used gets a record with "error" set and null coefficients.
     """
-    token_side = model.image_processor.patch_size * model.image_processor.merge_size  # pixels
-    size = {"shortest_edge": token_side ** 2, "longest_edge": model.max_pixels}  # pixel counts
+    processor = predictor.image_processor
+    token_side = processor.patch_size * processor.merge_size  # pixels
+    size = {"shortest_edge": token_side ** 2, "longest_edge": predictor.max_pixels}  # pixel counts
     records, readable, pixels = [], [], []
     for source in images:
         is_open = isinstance(source, Image.Image)
-        records.append({"image": None if is_open else str(source), "coefficients": None,
-                        "std": None, "description": None, "error": None})
+        record = dict.fromkeys(("image", "coefficients", "std", "description", "error"))
+        record["image"] = None if is_open else str(source)
+        records.append(record)
         try:
             picture = source.convert("RGB") if is_open else open_image(source)
-            pixels.append(model.image_processor([picture], size=size, return_tensors="pt"))
-            readable.append(records[-1])
+            pixels.append(processor([picture], size=size, return_tensors="pt"))
+            readable.append(record)
         except Exception as error:  # Pillow's readers raise a dozen types on damaged files
-            records[-1]["error"] = f"{type(error).__name__}: {error}"
+            record["error"] = f"{type(error).__name__}: {error}"
     if not readable:
         return records
-    inputs = prepare(model, pixels)
+
+    inputs = prepare(predictor, pixels)
     if decoding == "generate":
-        tokens = model.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        tokens = tokens[:, inputs["input_ids"].shape[1]:]  # (B, n)
-        texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for record, text in zip(readable, texts):
+        for record, text in zip(readable, generate(predictor, inputs)):
             try:
                 record["coefficients"], record["description"] = read_answer(text)
             except ValueError as error:
                 record |= {"error": str(error), "answer": text}
         return records
-    supervision = "numeric" if numeric else model.supervision
-    *distributions, descriptions = decode_forced(model, inputs, supervision)
-    values, stds = estimate(*distributions, statistic)
+
+    supervision = "numeric" if numeric else predictor.supervision
+    probabilities, choice, descriptions = decode_forced(predictor, inputs, supervision)
+    values, stds = summarize(probabilities, choice, estimate)
     for record, row, std, words in zip(readable, values.tolist(), stds.tolist(), descriptions):
         record["coefficients"] = {name: round(x, 4) for name, x in zip(ARKIT_NAMES, row)}
         record["std"] = {name: round(x, 4) for name, x in zip(ARKIT_NAMES, std)}
-        record["description"] = words or None
+        record["description"] = words
     return records
 
+def generate(predictor: Predictor, inputs: dict) -> list:
+    """What the model writes freely and greedily, a text for each picture."""
+    tokens = predictor.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    tokens = tokens[:, inputs["input_ids"].shape[1]:]  # (B, n), the new ones
+    return predictor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
 # ---- Files and charts ----------------------------------------------------------------------------
-def list_images(inputs: list[str]) -> list[Path]:
-    """Paths of the pictures in files, folders (sorted) and .jsonl records. SystemExit if none."""
+def list_pictures(folder: Path) -> list[Path]:
+    """A folder's pictures in the order a person counts, frame2 before frame10; no hidden files."""
+    def counted(path: Path) -> tuple:
+        parts = re.split(r"(\d+)", path.name.lower())  # text, number, text, number, ...
+        return [int(part) if part.isdecimal() else part for part in parts], path.name
+
+    pictures = [path for path in folder.iterdir()
+                if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
+    return sorted(pictures, key=counted)
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines that an interrupted run left in a file. Cuts off the last one if it is torn."""
+    path.touch()
+    text = path.read_bytes()
+    whole = text[:text.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    return whole.splitlines()
+
+def list_images(inputs: list) -> list:
+    """Paths of the pictures in files, folders and .jsonl records. SystemExit if there are none."""
     images = []
     for path in map(Path, inputs):
         if path.is_dir():
-            suffixes = Image.registered_extensions()
-            images += sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+            images += list_pictures(path)
         elif path.suffix != ".jsonl":
             images.append(path)
         else:
             try:
-                with path.open(encoding="utf-8", errors="replace") as file:
-                    images += [path.parent / json.loads(line)["image"] for line in file]
+                with path.open(encoding="utf-8-sig", errors="replace") as file:
+                    for line in filter(str.strip, file):
+                        images.append(path.parent / json.loads(line)["image"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise SystemExit(f'{path}: {error}; expected lines of {{"image": "a.png", ...}}')
-    if not any(image.is_file() for image in images):
+    if not any(map(Path.is_file, images)):
         raise SystemExit(f"{', '.join(inputs):.200}: no picture exists there; expected pictures "
                          "(.png, .jpg, .webp, ...), folders of them or .jsonl records")
-    return list(dict.fromkeys(images))
+    return images
 
-def read_finished(part: Path, settings: dict) -> dict[str, dict]:
-    """Starts `part` anew with the settings (line 1) and the whole records that a run with the same
-    settings left there. Returns these by image."""
-    text = part.read_text(encoding="utf-8", errors="replace") if part.is_file() else ""
-    first, *lines = text.split("\n")
-    whole = lines[:-1] if first == json.dumps(settings) else []  # the last line may be torn
-    part.write_text("\n".join([json.dumps(settings), *whole, ""]), encoding="utf-8")
-    return {record["image"]: record for record in map(json.loads, whole)}
+def predict_all(predictor: Predictor, names: list, args: Namespace) -> dict:
+    """The records of all pictures by their name, a path relative to the folder of --out.
 
-def write_livelink(path: Path, records: list[dict], fps: int) -> None:
-    """Writes a Live Link Face take: 61 columns, timecode HH:MM:SS:FF.mmm, gaps where one failed."""
-    columns = [name[0].upper() + name[1:] for name in ARKIT_NAMES] + ANGLES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["Timecode", "BlendshapeCount", *columns])
-        for frame, record in enumerate(records):
-            if not record["error"]:
-                clock = f"{timedelta(seconds=frame // fps)!s:0>8}:{frame % fps:02d}.000"
-                values = [f"{record['coefficients'][name]:.10f}" for name in ARKIT_NAMES]
-                writer.writerow([clock, 61, *values, *["0.0000000000"] * len(ANGLES)])
-
-def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
-    """Draws the photo, the description and bars of the strongest actions with their deviation."""
-    chart = Image.new("RGB", (1200, 675), "white")
-    draw = ImageDraw.Draw(chart)
-    small, large = ImageFont.load_default(17), ImageFont.load_default(26)
-    photo = ImageOps.contain(picture, (440, 360), Image.Resampling.LANCZOS)
-    chart.paste(photo, (40 + (440 - photo.width) // 2, 40))
-    y = 60 + photo.height
-    for field, text in (record["description"] or {}).items():
-        font, width = (large, 34) if field == FIELDS[0] else (small, 52)
-        text = textwrap.fill(str(text), width)
-        draw.text((40, y), text, INK, font, spacing=6)
-        y = draw.textbbox((40, y), text, font, spacing=6)[3] + 10
-    # Left and Right of an action share a row; jawLeft and mouthLeft are no sides. Strongest first.
-    rows, coefficients = {}, record["coefficients"]
-    for name in ARKIT_NAMES:
-        stem = re.sub("(?<!^jaw)(?<!^mouth)(Left|Right)$", "", name)
-        rows.setdefault(stem, []).append(name)
-    ranked = sorted(rows.items(), key=lambda row: -max(coefficients[name] for name in row[1]))
-    left, length, top = 760, 390, 70
-    for tick in range(0, 11, 2):
-        x = left + length * tick / 10
-        draw.line([x, top, x, 630], GRID, 1)
-        draw.text((x, 652), f"{tick / 10}", INK, small, anchor="mm")
-    for k, (label, color) in enumerate(COLORS.items()):
-        draw.rectangle([left + 150 * k, 36, left + 150 * k + 14, 50], color)
-        draw.text((left + 150 * k + 22, 43), label, INK, small, anchor="lm")
-    for row, (title, names) in enumerate(ranked[:12]):
-        y = top + 560 / 12 * (row + 0.5)
-        draw.text((left - 12, y), title, INK, small, anchor="rm")
-        bars = [(names[0], y, "unpaired")]
-        if len(names) == 2:
-            bars = [(names[0], y - 8, "subject's left"), (names[1], y + 8, "subject's right")]
-        for name, y, label in bars:
-            value, std = coefficients[name], (record["std"] or {}).get(name, 0.0)
-            draw.rectangle([left, y - 6, left + length * value, y + 6], COLORS[label])
-            low, high = max(value - std, 0), min(value + std, 1)
-            draw.line([left + length * low, y, left + length * high, y], INK, 2)
-    return chart
-
-# ---- The stage itself ----------------------------------------------------------------------------
-def write_predictions(args: argparse.Namespace, rank: int, world_size: int) -> list[dict]:
-    """Predicts this process's share of the pictures, kept in a file beside --out until all are
-    done: the same command goes on from there. Returns all records, in order, on rank 0."""
-    images, out = list_images(args.inputs)[:args.limit], Path(args.out)
-    model = load(args.model, args.device, args.dtype, args.prompt)
+    Under torchrun each process takes a share and appends its records to a file of its own. With
+    --resume, what stands there is not decoded again. The first process joins the files.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    names = [os.path.relpath(image, out.parent) for image in images]  # relative to the records
     parts = [out.with_name(f"{out.name}.{k}of{world_size}") for k in range(world_size)]
-    settings = {name: str(getattr(args, name))
-                for name in ("model", "prompt", "decode", "estimate", "numeric", "dtype")}
-    run_file = Path(args.model, "run.json")  # a model that was trained anew is another model
-    settings["trained"] = str(run_file.is_file() and run_file.stat().st_mtime)
-    finished = read_finished(parts[rank], settings)
-    share = list(zip(names, images))[rank::world_size]
-    todo = [(name, image) for name, image in share if name not in finished]
-    bar = tqdm(total=len(todo), unit=" images", disable=True if rank else None)
+    if not args.resume:
+        parts[rank].unlink(missing_ok=True)
+    finished = {json.loads(line)["image"] for line in whole_lines(parts[rank])}
+    todo = [name for name in names[rank::world_size] if name not in finished]
+
+    starts = range(0, len(todo), args.batch_size)
     with parts[rank].open("a", encoding="utf-8") as file:
-        for start in range(0, len(todo), args.batch_size):
+        for start in tqdm(starts, unit=" batches", disable=True if rank else None):
             batch = todo[start:start + args.batch_size]
-            records = predict(model, [image for _, image in batch], args.estimate, args.numeric,
-                              args.decode)
-            for (name, _), record in zip(batch, records):
+            records = predict(predictor, [out.parent / name for name in batch], args.estimate,
+                              args.numeric, args.decode)
+            for name, record in zip(batch, records):
                 file.write(json.dumps({**record, "image": name}, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
-    bar.close()
+
     if world_size > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         torch.distributed.barrier()
     if rank:
-        return []
-    for part in parts:
-        finished |= read_finished(part, settings)
-    records = [finished[name] for name in names]
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        return {}
+    records = {}
+    for line in chain(*map(whole_lines, parts)):
+        record = json.loads(line)
+        records[record["image"]] = record
+    records = {name: records[name] for name in names}
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records.values()]
     out.write_text("".join(lines), encoding="utf-8")
     for part in parts:
         part.unlink()
     return records
 
-def main(args: argparse.Namespace) -> None:
-    """Runs the stage; under torchrun each process takes a share of the pictures."""
+def write_livelink(path: Path, records: list[dict], fps: int) -> None:
+    """Writes a Live Link Face take: 61 columns, timecode HH:MM:SS:FF.mmm, gaps where one failed."""
+    zeros = ["0.0000000000"] * len(ANGLES)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Timecode", "BlendshapeCount", *LIVELINK_NAMES, *ANGLES])
+        for index, record in enumerate(records):
+            if record["error"]:
+                continue
+            seconds, frame = divmod(index, fps)
+            clock = f"{timedelta(seconds=seconds)!s:0>8}:{frame:02d}.000"
+            values = [f"{record['coefficients'][name]:.10f}" for name in ARKIT_NAMES]
+            writer.writerow([clock, 61, *values, *zeros])
+
+def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
+    """Draws the photo, the description and bars of the strongest actions with their deviation."""
+    chart = Image.new("RGB", (1200, 675), "white")
+    draw = ImageDraw.Draw(chart)
+    font = ImageFont.load_default(17)
+
+    # On the left the photo, below it the words.
+    photo = ImageOps.contain(picture, (440, 360), Image.Resampling.LANCZOS)
+    chart.paste(photo, (40, 40))
+    words = (record["description"] or {}).values()
+    paragraphs = [textwrap.fill(str(text), 52) for text in words]
+    draw.text((40, 60 + photo.height), "\n\n".join(paragraphs), INK, font, spacing=5)
+
+    # On the right a bar for each of the strongest actions, 340 pixels from 0 to 1.
+    stds = record["std"] or dict.fromkeys(ARKIT_NAMES, 0.0)
+    strongest = sorted(record["coefficients"].items(), key=itemgetter(1), reverse=True)
+    for row, (name, value) in enumerate(strongest[:16]):
+        y = 60 + 36 * row
+        low, high = max(value - stds[name], 0), min(value + stds[name], 1)
+        draw.text((748, y), name, INK, font, anchor="rm")
+        draw.rectangle([760, y - 8, 760 + 340 * value, y + 8], BAR)
+        draw.line([760 + 340 * low, y, 760 + 340 * high, y], INK, 2)
+        draw.text((1160, y), f"{value:.2f}", INK, font, anchor="rm")
+    return chart
+
+# ---- The stage itself ----------------------------------------------------------------------------
+def main(args: Namespace) -> None:
+    """Runs the stage. Under torchrun each process takes a share of the pictures."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: torch sees no GPU; use --device cpu")
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if min(args.batch_size, args.fps, args.limit or 1) < 1:
-        raise SystemExit(f"--batch-size {args.batch_size}, --fps {args.fps}, --limit {args.limit}: "
-                         "expected at least 1")
-    if Path(args.out).absolute() in [Path(path).absolute() for path in args.inputs]:
+        raise SystemExit("--batch-size, --fps and --limit: expected at least 1")
+    if os.path.realpath(args.out) in map(os.path.realpath, args.inputs):
         raise SystemExit(f"--out {args.out} is an INPUT and would be overwritten; choose another")
     if args.decode == "generate" and (args.numeric or args.estimate != "mean"):
         raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
     logging.disable_progress_bar()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    records = write_predictions(args, rank, world_size)
-    if rank:
-        return
-    failed = [f"{record['image']} ({record['error']})" for record in records if record["error"]]
-    print("".join(f"no prediction: {line}\n" for line in failed[:5]), end="")
-    print(f"wrote {args.out}: {len(records) - len(failed)} predictions, {len(failed)} without")
+
+    # A picture that comes twice, under whatever spelling, has one record and as many frames.
+    out, names, frames = Path(args.out), {}, []
+    for image in list_images(args.inputs)[:args.limit]:
+        name = os.path.relpath(image, out.parent).replace(os.sep, "/")
+        frames.append(names.setdefault(os.path.realpath(image), name))
+    predictor = load(args.model, args.device, args.dtype, args.prompt, args.base)
+    if args.numeric and predictor.supervision not in ("numeric", "numbers-first"):
+        raise SystemExit(f"--numeric: {args.model} writes a description first, without which its "
+                         "numbers are wrong; leave it out")
+    records = predict_all(predictor, [*names.values()], args)
+    if not records:
+        return  # another process reports
+
+    failed = [record for record in records.values() if record["error"]]
+    for record in failed[:5]:
+        print("no prediction:", record["image"], record["error"])
+    print(f"wrote {out}: {len(records) - len(failed)} predictions, {len(failed)} without")
     if args.csv:
-        write_livelink(Path(args.csv), records, args.fps)
-    for k, record in enumerate(tqdm(records if args.plot else [], "drawing charts", disable=None)):
-        if not record["error"]:
-            Path(args.plot).mkdir(parents=True, exist_ok=True)
-            path = Path(args.plot, f"{k:06d}_{Path(record['image']).stem}.png")
-            draw_chart(open_image(Path(args.out).parent / record["image"]), record).save(path)
-    print("next: python evaluate.py" + ("" if args.out == "predictions.jsonl" else f" {args.out}"))
+        write_livelink(Path(args.csv), [records[name] for name in frames], args.fps)
+    if args.plot:
+        Path(args.plot).mkdir(parents=True, exist_ok=True)
+        for index, (name, record) in enumerate(records.items()):
+            if not record["error"]:
+                chart = draw_chart(open_image(out.parent / name), record)
+                chart.save(Path(args.plot, f"{index:06d}_{Path(name).stem}.png"))
+    print("next: python evaluate.py", out)
 
 if __name__ == "__main__":
     try:
         main(parse_args())
+    except torch.OutOfMemoryError:
+        raise SystemExit("out of GPU memory; lower --batch-size, then --resume goes on")
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; what is finished is kept, the same command goes on")
+        raise SystemExit("interrupted; what is finished is kept, add --resume to go on")
