@@ -364,8 +364,8 @@ def face_of_take(row: dict) -> dict:
     """A row of a Live Link Face take. It has no values where the app saw no face."""
     cells = {name: cell for name, cell in row.items() if canonical(name or "") in ARKIT_NAMES}
     if len(cells) < 51:
-        raise ValueError(f"the header that was found, {list(row)!s:.150}, lacks columns; a take has "
-                         "52 such as EyeBlinkLeft, separated by commas")
+        raise ValueError(f"the header that was found, {list(row)!s:.150}, lacks columns; a take "
+                         "has 52 such as EyeBlinkLeft, separated by commas")
     if not any((cell or "").strip() for cell in cells.values()):
         return {"coefficients": None}
     for name, cell in cells.items():
@@ -385,14 +385,15 @@ def face_of_mediapipe(result: dict | list) -> dict:
         faces = result["faceBlendshapes"]
     if not faces:
         return {"coefficients": None}
-    categories = faces[0]["categories"] if isinstance(faces[0], dict) else faces[0]
+    face = faces[0]
+    categories = face["categories"] if isinstance(face, dict) else face
     scores = {category["categoryName"]: category["score"] for category in categories}
     return {"coefficients": {name: scores[name] for name in scores if name != "_neutral"}}
 
 FACE_OF = {".csv": face_of_take, ".json": face_of_mediapipe}  # any other file holds records
 
 def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Iterator[dict]:
-    """Yields every Nth record of a file, images as absolute paths. SystemExit on a bad one."""
+    """Yields every Nth record, its image by the path from here. SystemExit on a bad one."""
     suffix, where = path.suffix.lower(), "as a whole"
     try:
         # Row and frame belong together before any is left out.
@@ -413,7 +414,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Itera
             if args.identity or suffix in FACE_OF:
                 record["identity"] = args.identity or path.stem
             image = frame or record["image"]
-            record["image"] = image and os.path.abspath(os.path.join(path.parent, image))
+            record["image"] = image and os.path.join(path.parent, image)
             yield record
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
             csv.Error) as error:
@@ -434,7 +435,7 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
         descriptions = describe_by_llm(todo, args)
 
     annotators = Counter(record["annotator"] for record in kept)
-    bar = tqdm(zip(todo, descriptions), path.name, len(todo), unit=" faces", disable=None)
+    bar = tqdm(zip(todo, descriptions), path.name, len(todo), disable=None)
     with partial.open("a" if kept else "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, (description, annotator) in bar:
             record = {**record, "description": description, "annotator": annotator}
@@ -495,8 +496,9 @@ class Pen:
     """Draws in face coordinates, -1 to 1: x to the picture's right (the subject's left), y down."""
 
     def __init__(self, size: int, background: tuple, thickness: float):
-        self.half, self.thickness = size * SUPERSAMPLE / 2, thickness
-        self.canvas = Image.new("RGB", (size * SUPERSAMPLE, size * SUPERSAMPLE), background)
+        side = size * SUPERSAMPLE
+        self.half, self.thickness = side / 2, thickness
+        self.canvas = Image.new("RGB", (side, side), background)
         self.draw = ImageDraw.Draw(self.canvas)
 
     def scale(self, x: list, y: list) -> list:
@@ -725,7 +727,7 @@ def make_demo(folder: Path, args: argparse.Namespace) -> None:
         person = args.seed * 10_000 + index // 20  # whose name fixes the looks
         coefficients = sample_expression(np.random.default_rng([args.seed, index]))
         records.append({"identity": f"id{person:03d}", "coefficients": coefficients})
-    people = math.ceil(args.demo / 20)
+    people = args.demo // 20
     first = 20 * (people - people // 12)  # the first face of the people held out
     drawn = draw_all(records, folder / "images")
     shift = draw_all(records[first:], folder / "images_comic", "comic")

@@ -330,14 +330,12 @@ def lr_scale(step: int, steps: int) -> float:
 def sum_over_processes(tensors: list[Tensor]) -> None:
     """Adds up each tensor over all processes of torchrun, in place."""
     if dist.is_initialized():
-        works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for work in works:
-            work.wait()
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 def make_adamw(params) -> torch.optim.Optimizer:
-    """AdamW for those of the parameters that are trained."""
-    trained = [p for p in params if p.requires_grad]
-    return torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
+    """AdamW, which leaves alone what gets no gradient, such as the frozen weights."""
+    return torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
 
 def batch_order(count: int, args: Namespace) -> list[list[int]]:
     """Record indices of all this process's batches: a function of the seed and the sizes alone."""
@@ -352,7 +350,7 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
     """Trains from step `start` on, saves, validates and logs."""
     trained = [p for p in model.parameters() if p.requires_grad]
     value_ids = dataset.value_ids.to(args.device) if args.expectation_weight else None
-    autocast = torch.autocast(args.device.partition(":")[0], torch.bfloat16,
+    autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16,
                               enabled=args.dtype == "bfloat16")
     samples = args.batch_size * args.grad_accum * args.world_size  # a step
     numbers = samples * len(ARKIT_NAMES)
@@ -360,7 +358,7 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
     batches = load_batches(dataset, batch_order(len(dataset), args)[start * args.grad_accum:])
     began, losses, tokens = time.time(), [], 0
 
-    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, unit=" steps",
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
                      disable=True if args.rank else None):
         # The learning rate of this step.
         lr = args.lr * lr_scale(step, args.steps)
@@ -376,7 +374,7 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
         sum_over_processes([supervised])
 
         # Forward and backward.
-        loss = torch.zeros((), device=args.device)
+        loss = 0.0
         for k, batch in enumerate(step_batches):
             tokens += int((batch["input_ids"] != pad_id).sum())
             batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
@@ -400,17 +398,17 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
 
         # Save first: nothing that follows can lose the step.
         done = step + 1
-        saves = done % args.save_every == 0 or done == args.steps
-        if args.rank == 0 and saves:
+        is_last = done == args.steps
+        if args.rank == 0 and (is_last or done % args.save_every == 0):
             save_state(model, optimizers, done, args)
 
         # The log.
-        if args.rank == 0 and (saves or done % LOG_STEPS == 0):
+        if args.rank == 0 and (is_last or done % LOG_STEPS == 0):
             seconds = time.time() - began
             line = {"step": done, "loss": sum(losses) / len(losses), "lr": lr,
                     "samples/s": samples * len(losses) / seconds,
                     "tokens/s": tokens * args.world_size / seconds}
-            if saves and val_set:
+            if val_set:
                 with autocast:
                     line["val_loss"] = validate(model, val_set, args)
             with Path(args.out, "log.jsonl").open("a") as file:
@@ -423,14 +421,13 @@ def validate(model: nn.Module, val_set: FaceDataset, args: Namespace) -> float:
     """Cross-entropy in nats a token behind the true beginning: it only watches over the run."""
     model.eval()
     nats, count = 0.0, 0
-    indices = range(len(val_set))
-    for start in range(0, len(val_set), args.batch_size):
-        batch = val_set.batch(indices[start:start + args.batch_size])
+    for indices in torch.arange(len(val_set)).split(args.batch_size):
+        batch = val_set.batch(indices.tolist())
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-        nats += answer_loss(model, batch)[0].item()
-        count += (batch["labels"] != IGNORE_INDEX).sum().item()
+        nats += answer_loss(model, batch)[0]
+        count += (batch["labels"] != IGNORE_INDEX).sum()
     model.train()
-    return nats / count
+    return float(nats / count)
 
 # ---- Saving and resuming -------------------------------------------------------------------------
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -464,10 +461,10 @@ def save_checkpoint(model: nn.Module, tokenizer, image_processor, args) -> None:
     """Writes what infer.py loads, an adapter as peft does. run.json marks the run as finished."""
     out = Path(args.out)
     if args.lora_rank:
-        weights = {f"base_model.model.{name}.weight": weight.float().cpu().contiguous()
+        weights = {f"base_model.model.{name}.weight": weight.float().cpu()
                    for name, weight in trained_weights(model).items()}
         save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
-        base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+        base = os.path.realpath(args.model) if os.path.isdir(args.model) else args.model
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": args.lora_rank,
                   "lora_alpha": args.lora_alpha, "bias": "none",
                   "target_modules": LORA_TARGETS, "base_model_name_or_path": base}
@@ -521,7 +518,7 @@ def prepare_records(args: Namespace) -> tuple[list[dict], list[dict]]:
     records = read_records(data, args.supervision, args.limit)
     val = Path(args.val) if args.val else data.with_name("val.jsonl")
     val_records = []
-    if args.val or val.is_file() and val.resolve() != data.resolve():
+    if args.val or val.is_file() and val != data:
         val_records = read_records(val, args.supervision, VAL_RECORDS)
     if args.rank == 0:
         people = {record.get("identity", record["image"]) for record in records}
@@ -577,9 +574,9 @@ def resolve_settings(args: Namespace) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    may_be_zero = ("lora_rank", "expectation_weight", "seed", "rank")
     for name, value in vars(args).items():
-        least = 0 if name in ("lora_rank", "expectation_weight", "seed", "rank") else 1e-12
-        if type(value) in (int, float) and value < least:
+        if type(value) in (int, float) and value <= 0 and (value or name not in may_be_zero):
             raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a larger number")
     if is_tiny and args.lora_rank:
         raise SystemExit("--lora-rank needs a pretrained --model; tiny trains all its weights")
@@ -591,7 +588,8 @@ def resolve_settings(args: Namespace) -> None:
 # ---- The demo's tiny model: skip this with a real one --------------------------------------------
 # It has no pretraining, so it gets a tokenizer of its own, an optimizer that learns in fewer steps,
 # and answers in which words are hidden and sampled.
-HIDDEN = [0.0, 0.0, 0.3, 1.0]  # shares of the tokens by slot type, which fall to 0 during the run
+# Shares of the tokens that are hidden, by slot type, at the first step and at the last.
+HIDDEN = torch.tensor([[0.0, 0.0, 0.4, 1.0], [0.0, 0.0, 0.2, 0.1]])
 CANDIDATES = 10  # words are sampled among so many
 TEMPERATURE = 1.5  # of sampled words, so that they err as the model's own do at inference
 BATCH_STRIDE = 1009  # keeps the random numbers of neighbouring seeds apart
@@ -706,7 +704,7 @@ def corrupt(model: nn.Module, batch: dict, index: int, pad_id: int, args: Namesp
 
     # Hide tokens.
     progress = index / (args.steps * args.grad_accum)
-    shares = torch.tensor(HIDDEN, device=args.device)[types] * (1 - progress)  # (B, T)
+    shares = HIDDEN[0].lerp(HIDDEN[1], progress).to(args.device)[types]  # (B, T)
     is_hidden = torch.rand(types.shape, generator=rng, device=args.device) < shares
     input_ids = batch["input_ids"].masked_fill(is_hidden, pad_id)
     if index % 2 == 0:
@@ -738,12 +736,11 @@ def main(args: Namespace) -> None:
     if args.data == DEMO and not Path(DEMO).is_file() and args.rank == 0:
         print("drawing the demo first: python annotate.py", flush=True)
         subprocess.run([sys.executable, Path(__file__).with_name("annotate.py")])
-    if args.world_size > 1:
-        backend = "gloo"
-        if args.device.startswith("cuda"):
-            backend = "nccl"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # the demo is drawn meanwhile
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(args.device)
+    if args.world_size > 1:  # the others wait here while the demo is drawn
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=6))
     torch.manual_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()
 
@@ -775,7 +772,7 @@ def main(args: Namespace) -> None:
     train(model, optimizers, dataset, val_set, args, start)
     if args.rank == 0:
         save_checkpoint(model, tokenizer, image_processor, args)
-        if args.device.startswith("cuda"):
+        if on_gpu:
             print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         print(f"wrote {args.out} after {(time.time() - began) / 60:.1f} minutes")
         print(f"next: python infer.py --model {args.out}")
