@@ -57,9 +57,10 @@ FORMS = ("expected a Live Link Face take (.csv), MediaPipe's results (.json) or,
 BANDS = [0.15, 0.4, 0.7]
 ACTIVE = BANDS[0]
 ADVERBS = ["", "slightly", "moderately", "strongly"]
-DEGREES = ["", "slight ", "", "strong "]  # of an emotion, by the level of its strongest action
-# What is said of each action, with an adverb for *. "name_" is nameLeft and nameRight. "a/b" is
-# such a pair too, of the left and of the right eye, but gaze is no question of symmetry.
+# Of an emotion, by the level of its strongest action. The moderate one is named alone.
+DEGREES = ["", "slight ", "", "strong "]
+# What is said of each action, with an adverb for *. "name_" is the pair nameLeft and nameRight, of
+# which symmetry tells. "a/b" is a pair too, of left and right eye, but only of gaze.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp_": "outer brow * raised",
               "browDown_": "brow * lowered"},
@@ -117,7 +118,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--resume", action=switch, default=False, help="go on with an interrupted --llm run")
     add("--batch-size", type=int, default=16, help="faces at a time, --llm (default %(default)s)")
     add("--device", default="auto", help="for --llm: cpu, cuda, or auto (default %(default)s)")
-    add("--limit", type=int, help="use the first LIMIT records only (the demo is drawn whole)")
+    add("--limit", type=int, default=10**9, help="first records only (the demo is drawn whole)")
     add("--seed", type=int, default=0, help="of the demo's people and faces (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -139,12 +140,13 @@ def expand(pattern: dict) -> dict:
 def mirror(pattern: dict) -> dict:
     """Swaps left and right: the same values, each by the name of its other side."""
     swap = {"Left": "Right", "Right": "Left"}
-    return {re.sub("Left$|Right$", lambda side: swap[side[0]], name): value
+    return {re.sub("Left$|Right$", lambda match: swap[match[0]], name): value
             for name, value in pattern.items()}
 
 # Gaze and blinks tell of no emotion.
 EXPRESSIVE = [name for name in ARKIT_NAMES if not name.startswith(("eyeLook", "eyeBlink"))]
-# Each emotion, its prototype, and the names that have to be at rest: contempt is one-sided.
+# Each emotion, its prototype, and the names that have to be at rest. Contempt, the last of them, is
+# one-sided: once for the left, once for the right.
 LEFT_CONTEMPT = EMOTIONS["contempt"][1]
 RIGHT_CONTEMPT = mirror(LEFT_CONTEMPT)
 PROTOTYPES = [(emotion, expand(pattern), {}) for emotion, (_, pattern) in EMOTIONS.items()]
@@ -152,8 +154,10 @@ PROTOTYPES[-1] = ("contempt", LEFT_CONTEMPT, RIGHT_CONTEMPT)
 PROTOTYPES.append(("contempt", RIGHT_CONTEMPT, LEFT_CONTEMPT))
 
 def classify(coefficients: dict) -> tuple[str, str]:
-    """Expression category and emotional implication, by the cosine between the levels of the 52
-    coefficients (0..1 by name) and the prototype of each emotion."""
+    """Expression category and emotional implication of 52 coefficients (0..1 by name).
+
+    By the cosine between the levels of the expressive ones and the prototype of each emotion.
+    """
     levels = {name: bisect(BANDS, coefficients[name]) for name in EXPRESSIVE}
     if not any(levels.values()):
         return "neutral", "not clearly observable"
@@ -184,7 +188,7 @@ def describe(coefficients: dict) -> dict:
         phrases, stronger = [], set()
         for key, phrase in actions.items():
             names = sides(key)
-            left, right = levels[names[0]], levels[names[-1]]  # the same without sides
+            left, right = levels[names[0]], levels[names[-1]]  # one name, if it has no sides
             if left == right == 0:
                 continue
             # Movements: one phrase for an action without sides or a pair that moves alike.
@@ -378,7 +382,7 @@ def face_of_take(row: dict) -> dict:
 def face_of_mediapipe(result: dict | list) -> dict:
     """The first face of one result of MediaPipe's Face Landmarker, which is {"faceBlendshapes":
     [{"categories": [...]}]} or one face's list of categories. It may have found no face."""
-    faces = [result]
+    faces = [result] if result else []
     if isinstance(result, dict):
         if "faceBlendshapes" not in result:
             raise ValueError(f"no faceBlendshapes among {', '.join(result):.150}")
@@ -396,7 +400,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Itera
     """Yields every Nth record, its image by the path from here. SystemExit on a bad one."""
     suffix, where = path.suffix.lower(), "as a whole"
     try:
-        # Row and frame belong together before any is left out.
+        # Each row gets its frame first. Then --every and empty rows leave out both.
         items = list(items_of(path))
         frames = [None] * len(items)
         if args.frames:
@@ -407,7 +411,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Itera
         for (where, item), frame in list(zip(items, frames))[::args.every]:
             face = FACE_OF[suffix](item) if suffix in FACE_OF else json.loads(item)
             record = {"image": None, **face}
-            if record.get("error") or record["coefficients"] is None:
+            if record["coefficients"] is None:
                 counts["without a face, values or a prediction, left out"] += 1
                 continue
             record["coefficients"] = standardize(record["coefficients"], counts)
@@ -422,13 +426,13 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Itera
 
 def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
     """Describes records and writes them as they come, under another name until all are done."""
-    partial = path.with_name(path.name + (".llm" if args.llm else ".partial"))
+    unfinished = path.with_name(path.name + (".llm" if args.llm else ".partial"))
     path.parent.mkdir(parents=True, exist_ok=True)
     # What an interrupted run has described is kept, if it is of these faces.
-    kept = [json.loads(line) for line in whole_lines(partial)] if args.resume else []
+    kept = [json.loads(line) for line in whole_lines(unfinished)] if args.resume else []
     faces = [record["coefficients"] for record in records]
     if [record["coefficients"] for record in kept] != faces[:len(kept)]:
-        raise SystemExit(f"--resume: {partial} describes other faces; start without --resume")
+        raise SystemExit(f"--resume: {unfinished} describes other faces; start without --resume")
     todo = records[len(kept):]
     descriptions = ((describe(record["coefficients"]), "rules") for record in todo)
     if args.llm:
@@ -436,16 +440,16 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
 
     annotators = Counter(record["annotator"] for record in kept)
     bar = tqdm(zip(todo, descriptions), path.name, len(todo), disable=None)
-    with partial.open("a" if kept else "w", encoding="utf-8", errors="backslashreplace") as file:
+    with unfinished.open("a" if kept else "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, (description, annotator) in bar:
             record = {**record, "description": description, "annotator": annotator}
             if record["image"]:
-                image = os.path.relpath(record["image"], path.parent)
+                image = os.path.relpath(record["image"], path.parent.resolve())
                 record["image"] = image.replace(os.sep, "/")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             annotators[annotator] += 1
-    partial.replace(path)
+    unfinished.replace(path)
     print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}")
 
 # ---- Drawing the demo's faces --------------------------------------------------------------------
@@ -548,7 +552,7 @@ def by_side(left: float, right: float) -> np.ndarray:
     return np.minimum(1, 3 * abs(ACROSS_LIPS)) * np.where(ACROSS_LIPS > 0, left, right)
 
 def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
-    """Lips, teeth and tongue (the jaw's opening and shift, tongueOut, mouth but the dimples)."""
+    """Lips, teeth, tongue (jawOpen, jawLeft, jawRight, tongueOut, mouth... but mouthDimple)."""
     t, arch = ACROSS_LIPS, 1 - ACROSS_LIPS ** 2  # the arch is 0 at the corners, 1 in the middle
     opening = np.sqrt(arch)
     # The line on which the lips meet.
@@ -561,6 +565,7 @@ def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     y = 0.50 + t * t * 0.17 * (frown - smile) + 0.03 * smile * arch
 
     # The inner edges of both lips, and how thick the lips are.
+    # With mouthClose beyond jawOpen the gap is negative, and lifts the lower lip.
     gap = 0.30 * (c.jawOpen - c.mouthClose) + 0.12 * c.mouthFunnel
     rise = 0.13 * by_side(c.mouthUpperUpLeft, c.mouthUpperUpRight) + 0.3 * max(gap, 0)
     fall = 0.13 * by_side(c.mouthLowerDownLeft, c.mouthLowerDownRight) + 0.7 * gap
@@ -583,13 +588,14 @@ def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     for edge in (upper, lower):
         pen.line(x, edge, mix(look.lips, DARK, 0.6), 0.02)
     if c.tongueOut > 0:
-        root, length = lower[7], c.tongueOut
+        root, length = lower[7], c.tongueOut  # 7 is the middle of the lips
         pen.ellipse(x[7], root + 0.08 * length, 0.06 + 0.06 * length, 0.17 * length, TONGUE)
         groove = mix(TONGUE, DARK, 0.4)
         pen.line([x[7], x[7]], [root, root + 0.15 * length], groove, 0.02)
 
 def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) -> None:
     """Eye, cheek, brow, nostril and creases of one side: 1 is the subject's left, -1 the right."""
+    # In this function c.eyeBlink is eyeBlinkLeft or eyeBlinkRight, and so on.
     suffix = "Left" if side > 0 else "Right"
     c = SimpleNamespace(**{name.removesuffix(suffix): value for name, value in vars(c).items()})
     shade = partial(mix, look.skin, DARK)  # of an amount from 0 to 1
@@ -691,6 +697,7 @@ OPPOSITES = [("jawLeft", "jawRight"), ("mouthLeft", "mouthRight"),
 def sample_expression(rng: np.random.Generator) -> dict:
     """Draws 52 plausible coefficients: one or two patterns, stray actions, asymmetry and a gaze."""
     c = dict.fromkeys(ARKIT_NAMES, 0.0)
+    # A second pattern comes in two faces of five, else with strength 0.
     for strength in (rng.uniform(0.3, 1.1), rng.uniform(0.2, 0.8) * (rng.random() < 0.4)):
         pattern = EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
         if rng.random() < 0.5:
@@ -705,7 +712,7 @@ def sample_expression(rng: np.random.Generator) -> dict:
     for name in ARKIT_NAMES:
         c[name] *= 1 + tilt * SIDES.get(name, 0) + rng.normal(0, 0.08)
 
-    # The two eyes turn together. A closed eye shows none of this.
+    # The two eyes turn together. Closed eyes show no gaze, no widening and no squint.
     x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
     for name, (left, up) in GAZE.items():
         c[name] = max(x * left + y * up, 0.0) * rng.uniform(0.9, 1.1)
@@ -739,7 +746,7 @@ def make_demo(folder: Path, args: argparse.Namespace) -> None:
 # ---- The stage itself ----------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> None:
     """Draws the demo, or describes the records of every INPUT."""
-    if min(args.every, args.batch_size, args.limit or 1) < 1 or args.demo < 240:
+    if min(args.every, args.batch_size, args.limit) < 1 or args.demo < 240:  # 12 people
         raise SystemExit(f"--demo {args.demo}, --every {args.every}: expected at least 240, and at "
                          "least 1 for --every, --batch-size and --limit")
     if args.frames and len(args.inputs) != 1:

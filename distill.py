@@ -12,7 +12,8 @@ Writes: a folder that transformers loads, or with LoRA a PEFT adapter, run.json 
 
     torchrun --nproc-per-node 8 distill.py --model Qwen/Qwen3-VL-4B-Instruct --data train.jsonl
 
-Shapes: B images, T tokens, P patches, D width, C = 52 coefficients, N supervised tokens, O options.
+Shapes: B images, T tokens, P patches, D width, C = 52 coefficients, L tokens a number, O options,
+        N supervised tokens.
 """
 import json
 import math
@@ -67,12 +68,13 @@ PROMPT = "Describe the facial muscle movements, then give the 52 ARKit coefficie
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
 
 # What a flag that is not given stands for, with the demo's tiny model and with a pretrained one.
-TINY = {"steps": 2000, "lr": 2e-3, "expectation_weight": 25.0, "max_pixels": 64 * 64,
+TINY = {"steps": 2200, "lr": 2e-3, "expectation_weight": 25.0, "max_pixels": 64 * 64,
         "lora_rank": 0, "checkpointing": False}
 PRETRAINED = {"steps": 2000, "lr": 1e-4, "expectation_weight": 0.0, "max_pixels": 512 * 512,
               "lora_rank": 16, "checkpointing": True}
 WEIGHT_DECAY = 0.05
-WARMUP_STEPS, LOG_STEPS = 30, 100  # of the learning rate, between two lines of the log
+WARMUP_STEPS = 30  # in which the learning rate rises
+LOG_STEPS = 100  # between two lines of the log
 VAL_RECORDS = 64  # for the validation loss, which only watches over the run: evaluate.py measures
 LOADERS, BATCHES_AHEAD = 2, 4  # threads that read pictures, batches that they read in advance
 LOSS_LOGITS = 2**27  # logits that exist at a time, 0.5 GB: Qwen's vocabulary has 151,936 tokens
@@ -175,7 +177,7 @@ class FaceDataset:
                 value = record["coefficients"][slot] + 0.0  # -0.0 becomes 0.0
                 slot_ids = self.value_ids[VALUES.index(f"{value:.1f}")].tolist()
                 slot_type = NUMBER
-            else:
+            else:  # None, the end
                 slot_ids, slot_type = [self.tokenizer.eos_token_id], SKELETON
             ids += skeleton_ids + slot_ids
             types += [SKELETON] * len(skeleton_ids) + [slot_type] * len(slot_ids)
@@ -298,7 +300,7 @@ def squared_error(model: nn.Module, hidden: Tensor, batch: dict, value_ids: Tens
     left to cross-entropy.
     """
     target = batch["coefficients"]  # (B, C)
-    is_number = batch["slot_types"][:, 1:] == NUMBER  # (B, T)
+    is_number = batch["slot_types"][:, 1:] == NUMBER  # (B, T), as long as hidden
     states = hidden[is_number].view(*target.shape, -1, hidden.shape[-1])  # (B, C, L, D)
     last = states[:, :, -1]  # (B, C, D): predicts the last token of a number
 
@@ -310,7 +312,7 @@ def squared_error(model: nn.Module, hidden: Tensor, batch: dict, value_ids: Tens
     expected = (scores.softmax(dim=-1) * values).sum(dim=-1)  # (B, C)
     errors = (expected - target) ** 2
     if digits_are_split:
-        errors = errors * (target < 0.95)
+        errors = errors * (target < 0.95)  # the others are written 1.0
     return errors.sum()
 
 def answer_loss(model: nn.Module, batch: dict, value_ids: Tensor | None = None) -> tuple:
@@ -341,8 +343,8 @@ def batch_order(count: int, args: Namespace) -> list[list[int]]:
     """Record indices of all this process's batches: a function of the seed and the sizes alone."""
     total = args.steps * args.grad_accum * args.world_size * args.batch_size
     rng = torch.Generator().manual_seed(args.seed)
-    epochs = [torch.randperm(count, generator=rng) for _ in range(math.ceil(total / count))]
-    order = torch.cat(epochs)[:total].view(-1, args.world_size, args.batch_size)
+    shuffles = [torch.randperm(count, generator=rng) for _ in range(math.ceil(total / count))]
+    order = torch.cat(shuffles)[:total].view(-1, args.world_size, args.batch_size)
     return order[:, args.rank].tolist()  # (batches, B)
 
 def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset | None,
@@ -509,7 +511,7 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
         raise SystemExit(f"{path}, line {number}: {error}; expected records "
                          "with image, coefficients and description, as annotate.py writes them")
     if not records:
-        raise SystemExit(f"{path} is empty; make it: annotate.py --out {path}")
+        raise SystemExit(f"{path} is empty; make it: annotate.py INPUT --out {path}")
     return records
 
 def prepare_records(args: Namespace) -> tuple[list[dict], list[dict]]:
@@ -574,6 +576,7 @@ def resolve_settings(args: Namespace) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    # Numbers are positive. These may also be 0.
     may_be_zero = ("lora_rank", "expectation_weight", "seed", "rank")
     for name, value in vars(args).items():
         if type(value) in (int, float) and value <= 0 and (value or name not in may_be_zero):
@@ -592,7 +595,7 @@ def resolve_settings(args: Namespace) -> None:
 HIDDEN = torch.tensor([[0.0, 0.0, 0.4, 1.0], [0.0, 0.0, 0.2, 0.1]])
 CANDIDATES = 10  # words are sampled among so many
 TEMPERATURE = 1.5  # of sampled words, so that they err as the model's own do at inference
-BATCH_STRIDE = 1009  # keeps the random numbers of neighbouring seeds apart
+BATCH_STRIDE = 1009  # between the seeds of two batches, so that runs of seeds below share none
 # Qwen-VL's special tokens, and what its settings call their ids.
 SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id",
            "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id"}
@@ -676,7 +679,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = p.grad.lerp(momentum, 0.95).flatten(1)  # (out, in), Nesterov's momentum
+                # Nesterov's momentum mixes the gradient in once more.
+                update = p.grad.lerp(momentum, 0.95).flatten(1)  # (out, in)
                 size = 0.2 * math.sqrt(max(update.shape))
                 p.mul_(1 - group["lr"] * WEIGHT_DECAY)
                 p.sub_(orthogonalize(update).view_as(p), alpha=group["lr"] * size)
@@ -695,8 +699,9 @@ def corrupt(model: nn.Module, batch: dict, index: int, pad_id: int, args: Namesp
 
     Word dropout (Bowman et al. 2016, Sec. 3.1): what is hidden has to be seen in the picture.
     Scheduled sampling (arXiv 1906.04331): numbers lean on the words before them, which at inference
-    are the model's own. So in every other batch the numbers, and only they, are learnt behind words
-    that the model itself says in those places. In the others all is learnt, behind true words.
+    are the model's own. So in every other batch the part from the first number on, and only that,
+    is learnt behind words that the model itself says in those places. In the others all is learnt,
+    behind true words.
     """
     seed = args.seed + BATCH_STRIDE * (index * args.world_size + args.rank)
     rng = torch.Generator(args.device).manual_seed(seed)
@@ -712,10 +717,11 @@ def corrupt(model: nn.Module, batch: dict, index: int, pad_id: int, args: Namesp
 
     # What the model says in each place before the first number, behind the true words.
     is_before = (types == NUMBER).cumsum(dim=1) == 0  # (B, T)
-    n = int(is_before.sum(dim=1).max())  # in the longest answer
+    n = int(is_before.sum(dim=1).max())  # the longest such part. Of shorter ones the rest is unused
     part = {**batch, "input_ids": input_ids[:, :n],
             "mm_token_type_ids": batch["mm_token_type_ids"][:, :n]}
     logits = model.lm_head(hidden_states(model, part)[:, :-1]).float()  # (B, n-1, vocabulary)
+    # Image tokens without an image would break the model.
     logits[:, :, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
     best, candidates = (logits / TEMPERATURE).topk(CANDIDATES)  # (B, n-1, K)
     choice = torch.multinomial(best.softmax(dim=-1).flatten(0, 1), 1, generator=rng)  # (B (n-1), 1)

@@ -181,7 +181,7 @@ def intervals(errors: dict, people: list, seed: int) -> dict:
     five people, images are resampled instead.
     """
     names, groups = np.unique(people, return_inverse=True)  # (G,), (N,)
-    resampled = f"{len(names)} identities: people, or takes where nobody was named"
+    resampled = f"{len(names)} identities: people or, where nobody was named, takes and pictures"
     if len(names) < 5:
         groups = np.arange(len(people))
         resampled = f"{len(people)} pictures, since there are fewer than five identities"
@@ -249,10 +249,10 @@ def read_rig(folder: Path) -> tuple:
         files[name[:1].lower() + name[1:]] = path
     try:
         neutral = read_vertices(files["neutral"])  # (V, 3)
-        files.setdefault("tongueOut", files["neutral"])
+        files.setdefault("tongueOut", files["neutral"])  # many rigs have no tongue
         shapes = [read_vertices(files[name]) for name in ARKIT_NAMES]
         deltas = np.stack(shapes) - neutral  # (C, V, 3)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError) as error:
         raise SystemExit(f"--rig {folder}: {error}; expected Neutral.obj and an .obj a shape, with "
                          'equal numbers of vertices "v x y z"')
 
@@ -262,6 +262,9 @@ def read_rig(folder: Path) -> tuple:
         if 100 <= height * size <= 600:
             deltas = deltas * size
             break
+    else:
+        raise SystemExit(f"--rig {folder}: Neutral.obj is {height:.3g} high; expected a face, y "
+                         "up, in mm, cm or m")
 
     # Lips are what a lip shape moves by half of its largest displacement or more.
     moved = np.linalg.norm(deltas[LIP_SHAPES], axis=2)  # (4, V)
@@ -316,7 +319,7 @@ def read_records(path: Path) -> list[dict]:
                     record["coefficients"] = to_array(record["coefficients"])
                     record["std"] = to_array(record["std"]) if record.get("std") else None
                 records.append(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path}, line {number}: {error!s:.400}; expected a record with image and "
                          "coefficients")
     if not records:
@@ -327,14 +330,16 @@ def by_image(file: str) -> dict:
     """The records of a file by the real path of their image. SystemExit if one comes twice."""
     found = {}
     for record in read_records(Path(file)):
-        if record["image"] in found:
-            raise SystemExit(f"{file}: a second record of {record['image']:.300}")
-        found[record["image"]] = record
+        image = record["image"]
+        if image in found:
+            raise SystemExit(f"{file}: a second record of {image:.300}")
+        found[image] = record
     return found
 
 def match(runs: dict, truth: dict) -> list:
-    """The images that all runs have predicted. SystemExit unless the runs are of the truth's."""
-    images = list(truth)
+    """The images that all runs have predicted. SystemExit if a run lacks some of the truth's or
+    has others. A picture that failed needs no truth."""
+    images = [image for image in truth if not truth[image].get("error")]
     for file, run in runs.items():
         failed = {image for image in run if run[image].get("error")}
         missing = truth.keys() - run.keys()
@@ -342,7 +347,7 @@ def match(runs: dict, truth: dict) -> list:
         if missing or extra:
             raise SystemExit(f"{file}: {len(missing)} pictures have no prediction, {len(extra)} "
                              f"predictions have no truth, as {min(missing | extra):.200}; run "
-                             "infer.py on the truth file")
+                             "infer.py on the truth file, without --limit")
         images = [image for image in images if image not in failed]
     if not images:
         raise SystemExit(f"none of the {len(truth)} pictures has a prediction in every file")
@@ -472,6 +477,7 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
 def main(args: Namespace) -> None:
     """Runs the stage: reads, matches, compares, reports, writes."""
     defaults = ["predictions.jsonl", "data/demo/val.jsonl"]
+    # What is not named is the demo's.
     *files, truth_file = args.files + defaults[len(args.files):]
     rig = read_rig(Path(args.rig)) if args.rig else None
     runs = {file: by_image(file) for file in files}
@@ -480,14 +486,14 @@ def main(args: Namespace) -> None:
     images = match(runs, truth)
     runs = {file: [run[image] for image in images] for file, run in runs.items()}
     true_records = [truth[image] for image in images]
+    true = stack(true_records)  # (N, C)
 
     # Predictions that see no picture.
-    shape = (len(images), len(ARKIT_NAMES))
-    baselines = {"zeros": np.zeros(shape)}
+    zeros = np.zeros_like(true)
+    baselines = {"zeros": zeros}
     train_file = Path(args.train or Path(truth_file).with_name("train.jsonl"))
     if args.train or train_file.is_file():
-        mean = stack(read_records(train_file)).mean(axis=0)  # (C,)
-        baselines["training mean"] = np.broadcast_to(mean, shape)
+        baselines["training mean"] = zeros + stack(read_records(train_file)).mean(axis=0)
 
     results = compare(runs, true_records, baselines, rig, args)
     results |= {"predictions": files, "truth": truth_file,
@@ -499,7 +505,7 @@ def main(args: Namespace) -> None:
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"every number is in {args.out}")
     if args.plot:
-        chart = draw_plot(results, stack(runs[files[0]]), stack(true_records))
+        chart = draw_plot(results, stack(runs[files[0]]), true)
         chart.save(args.plot, "PNG")
     print(f"next: python annotate.py {files[0]} --render --out avatars")
 

@@ -89,7 +89,7 @@ def parse_args(argv=None) -> Namespace:
     add("--numeric", action=BooleanOptionalAction, default=False, help="leave out words at the end")
     add("--resume", action=BooleanOptionalAction, default=False, help="go on with the same command")
     add("--batch-size", type=int, default=32, help="pictures at a time (default %(default)s)")
-    add("--limit", type=int, help="use the first LIMIT pictures only")
+    add("--limit", type=int, default=10**9, help="use the first LIMIT pictures only")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the weights, auto is bfloat16 on a GPU (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -126,7 +126,7 @@ class State:
     model: nn.Module
     cache: DynamicCache  # keys and values of all tokens so far
     mask: Tensor  # (B, T), 0 where a token is padding
-    offset: Tensor  # (B, 1), of positions behind an image, which has fewer positions than tokens
+    offset: Tensor  # (B, 1), added to positions, of which an image takes fewer than tokens
     last: Tensor  # (B, 1, D), the last hidden states
 
     def feed(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -164,14 +164,14 @@ def decode_text(state: State, skeleton_ids: list, closing_id: int) -> list:
         ids = torch.tensor(skeleton_ids, device=is_open.device).repeat(len(is_open), 1)  # (B, n)
         state.feed(ids, torch.ones_like(ids))
 
-    columns = [is_open[:, :0]]
+    columns = [is_open[:, :0]]  # (B, 0), for texts may be empty
     for _ in range(MAX_TEXT_TOKENS):
         ids = state.model.lm_head(state.last).argmax(dim=-1)  # (B, 1)
         is_open = is_open & (ids != closing_id)
         if not is_open.any():
             break
         columns.append(ids)
-        state.feed(ids, is_open)
+        state.feed(ids, is_open)  # behind an ended text this is padding
     rows = torch.cat(columns, dim=1).tolist()  # B lists, each up to its closing token
     return [list(takewhile(lambda token: token != closing_id, row)) for row in rows]
 
@@ -179,9 +179,10 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
     """Decides the coefficients by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
 
     All numbers are guessed, fed at once, and replaced by what the model chooses in their places.
-    The first wrong token, and all before it, are now greedy. What follows is guessed better in the
-    next pass, which starts there. When nothing changes, the numbers are the greedy answer. `pieces`
-    are (token ids, slot) of the skeleton, `value_ids` (11, L) the tokens of 0.0, 0.1 and so on.
+    After that the first wrong token, and all before it, are greedy. What follows is guessed better
+    in the next pass, which starts there. When nothing changes, the numbers are the greedy answer.
+    `pieces` are (token ids, slot) of the skeleton, `value_ids` (11, L) the tokens of 0.0, 0.1, ...
+
     Returns distributions (B, C, 11) and choices (B, C).
     """
     # The block of tokens, with 0.0 as the first guess of each number.
@@ -191,13 +192,13 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
             block += skeleton_ids
             starts.append(len(block))
             block += value_ids[0].tolist()
-    columns = torch.tensor(starts)[:, None] + torch.arange(value_ids.shape[1])  # (C, L)
+    places = torch.tensor(starts)[:, None] + torch.arange(value_ids.shape[1])  # (C, L)
     tokens = torch.tensor(block, device=value_ids.device).repeat(len(state.mask), 1)  # (B, n)
     guess = torch.zeros_like(tokens[:, starts])  # (B, C)
 
     hidden = state.feed(tokens, torch.ones_like(tokens))  # (B, n, D)
     while True:
-        before = hidden[:, columns - 1]  # (B, C, L, D): position t - 1 predicts token t
+        before = hidden[:, places - 1]  # (B, C, L, D): position t - 1 predicts token t
         probabilities, choice = read_numbers(state.model.lm_head.weight, before, value_ids)
         changed = (choice != guess).any(dim=0).nonzero()  # slots
         if not len(changed):
@@ -205,7 +206,7 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
 
         # Feed anew from the first number that has changed.
         guess = choice
-        tokens[:, columns] = value_ids[choice]  # (B, C, L)
+        tokens[:, places] = value_ids[choice]  # (B, C, L)
         start = starts[changed[0]]
         state.drop(len(block) - start)
         rest = tokens[:, start:]
@@ -230,7 +231,7 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     # Where "1" is chosen, the model has not been asked for the tenths behind "0.". The share of "0"
     # then counts as 0.9, its value next to 1.0.
     tenths, whole = tenths.softmax(dim=-1), whole.softmax(dim=-1)
-    tenths[is_one] = torch.eye(10, device=tenths.device)[9]
+    tenths[is_one] = torch.eye(10, device=tenths.device)[9]  # all on 0.9
     return torch.cat([whole[:, :, :1] * tenths, whole[:, :, 1:]], dim=-1), choice
 
 @torch.inference_mode()
@@ -272,14 +273,14 @@ def summarize(probabilities: Tensor, choice: Tensor, estimate: str) -> tuple:
     if estimate == "mean":
         return mean, std
     if estimate == "median":
-        choice = (probabilities.cumsum(dim=-1) < 0.5).sum(dim=-1)  # how many come before the half
+        choice = (probabilities.cumsum(dim=-1) < 0.5).sum(dim=-1)  # the median's index
     return values[choice], std
 
 # ---- Free decoding: let the model write, read what it wrote --------------------------------------
 def read_headings(text: str) -> dict | None:
     """The four fields from text with four numbered headings, as in "1. **Category**: joy" or in
     "**1. Category**" with the text below. None without them."""
-    sections = re.split(r"(?m)^\W*[1-4][.)]", text.replace("**", ""))[1:]
+    sections = re.split(r"(?m)^\W*[1-4][.)]", re.sub(r"\*\*|```\w*", "", text))[1:]
     if len(sections) != len(FIELDS):
         return None
     bodies = [re.split("[:\n]", section, maxsplit=1)[-1].split() for section in sections]
@@ -426,7 +427,7 @@ def prepare(predictor: Predictor, pixels: list) -> dict:
     texts = [system + prompt_text(predictor.prompt, count) for count in counts.tolist()]
     inputs = predictor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt",
                                  add_special_tokens=False, return_token_type_ids=False)
-    # Without these types generate() would quietly fall back to text positions for the image.
+    # Without mm_token_type_ids generate() would quietly use text positions for the image.
     image_pad_id = predictor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_pad_id).long()
     inputs["pixel_values"] = torch.cat([one["pixel_values"] for one in pixels])  # (patches, .)
@@ -435,7 +436,8 @@ def prepare(predictor: Predictor, pixels: list) -> dict:
 
 def predict(predictor: Predictor, images: list, estimate: str = "mean", numeric: bool = False,
             decoding: str = "forced") -> list[dict]:
-    """The prediction records of one batch of images, given as paths or open pictures, in order.
+    """The prediction records of one batch of images, in order. They are given as paths or as open
+    pictures, which have to stand upright.
 
     A picture that cannot be used gets a record with "error" set and null coefficients.
     """
@@ -536,7 +538,7 @@ def predict_all(predictor: Predictor, names: list, args: Namespace) -> dict:
     todo = [name for name in names[rank::world_size] if name not in finished]
 
     starts = range(0, len(todo), args.batch_size)
-    with parts[rank].open("a", encoding="utf-8") as file:
+    with parts[rank].open("a", encoding="utf-8", errors="backslashreplace") as file:
         for start in tqdm(starts, unit=" batches", disable=True if rank else None):
             batch = todo[start:start + args.batch_size]
             records = predict(predictor, [out.parent / name for name in batch], args.estimate,
@@ -556,7 +558,7 @@ def predict_all(predictor: Predictor, names: list, args: Namespace) -> dict:
         records[record["image"]] = record
     records = {name: records[name] for name in names}
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records.values()]
-    out.write_text("".join(lines), encoding="utf-8")
+    out.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     for part in parts:
         part.unlink()
     return records
@@ -608,7 +610,7 @@ def main(args: Namespace) -> None:
         raise SystemExit(f"--device {args.device}: torch sees no GPU; use --device cpu")
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if min(args.batch_size, args.fps, args.limit or 1) < 1:
+    if min(args.batch_size, args.fps, args.limit) < 1:
         raise SystemExit("--batch-size, --fps and --limit: expected at least 1")
     if os.path.realpath(args.out) in map(os.path.realpath, args.inputs):
         raise SystemExit(f"--out {args.out} is an INPUT and would be overwritten; choose another")
@@ -616,10 +618,10 @@ def main(args: Namespace) -> None:
         raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
     logging.disable_progress_bar()
 
-    # A picture that comes twice, under whatever spelling, has one record and as many frames.
+    # A picture that comes twice, under whatever spelling, has one record, and a frame each time.
     out, names, frames = Path(args.out), {}, []
     for image in list_images(args.inputs)[:args.limit]:
-        name = os.path.relpath(image, out.parent).replace(os.sep, "/")
+        name = os.path.relpath(image, out.parent.resolve()).replace(os.sep, "/")
         frames.append(names.setdefault(os.path.realpath(image), name))
     predictor = load(args.model, args.device, args.dtype, args.prompt, args.base)
     if args.numeric and predictor.supervision not in ("numeric", "numbers-first"):
