@@ -328,12 +328,12 @@ def test_mediapipe_s_results_are_read(form, tmp_path):
     keys = ("category_name", "score") if form == "python" else ("categoryName", "score")
     face = [dict(zip(keys, item)) for item in {"_neutral": 0.9, **values}.items()]
     results = {"javascript": {"faceBlendshapes": [{"categories": face}]}, "python": {"face_blendshapes": [face]},
-               "bare": [face], "many": [{"faceBlendshapes": [{"categories": face}]}, {"faceBlendshapes": []}]}
+               "bare": [face, []], "many": [{"faceBlendshapes": [{"categories": face}]}, {"faceBlendshapes": []}]}
     (tmp_path / "anna.json").write_text("\ufeff" + json.dumps(results[form]), encoding="utf-8")
     records, counts = read_input(tmp_path / "anna.json")
     assert records == [{"image": None, "coefficients": {**values, "tongueOut": 0.0}, "identity": "anna"}]
     assert counts["records without tongueOut, set to 0"] == 1
-    assert counts["without a face, values or a prediction, left out"] == (form == "many")
+    assert counts["without a face, values or a prediction, left out"] == (form in ("bare", "many"))
 
 @pytest.mark.parametrize("spell", [
     lambda name: re.sub("(?<!jaw)(?<!mouth)(Left|Right)$", lambda side: "_" + side[0][0], name),
@@ -541,26 +541,27 @@ def test_loss_equals_the_library_s(digits_are_split, demo, tmp_path, monkeypatch
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 def corrupted(demo, monkeypatch, index: int, hidden: list) -> tuple:
-    """A batch, the same as it is corrupted, with the likeliest words, in the course of 2000 batches, and the model."""
+    """A batch, the same corrupted by the likeliest words, in a run of 2000 batches, and the model."""
     model, dataset = make_dataset(demo, "semantic")
     batch, args = dataset.batch(range(8)), distill.parse_args(["--steps", "2000"])
     vars(args).update(rank=0, world_size=1, device="cpu")
-    monkeypatch.setattr(distill, "HIDDEN", hidden)
+    monkeypatch.setattr(distill, "HIDDEN", torch.tensor(hidden))
     monkeypatch.setattr(distill, "TEMPERATURE", 1e-4)
     return batch, distill.corrupt(model, batch, index, dataset.tokenizer.pad_token_id, args), model
 
-@pytest.mark.parametrize("index, expected", [(0, [0.0, 0.0, 0.3, 0.8]), (1000, [0.0, 0.0, 0.15, 0.4])])
+@pytest.mark.parametrize("index, expected", [(0, [0.3, 0.8]), (1000, [0.2, 0.5]), (1998, [0.1, 0.2])])
 def test_tokens_are_hidden_by_their_type_ever_less(index, expected, demo, monkeypatch):
-    batch, changed, _ = corrupted(demo, monkeypatch, index, [0.0, 0.0, 0.3, 0.8])
+    ends = [[0.0, 0.0, 0.3, 0.8], [0.0, 0.0, 0.1, 0.2]]
+    batch, changed, _ = corrupted(demo, monkeypatch, index, ends)
     is_hidden = changed["input_ids"] != batch["input_ids"]
     shares = [is_hidden[batch["slot_types"] == kind].float().mean().item() for kind in range(4)]
-    assert shares[:2] == [0.0, 0.0] and shares[2:] == pytest.approx(expected[2:], abs=0.06)
+    assert shares[:2] == [0.0, 0.0] and shares[2:] == pytest.approx(expected, abs=0.06)
     assert len(changed["input_ids"][is_hidden].unique()) == 1 and changed["labels"] is batch["labels"]
-    again, other = (corrupted(demo, monkeypatch, k, [0.0, 0.0, 0.3, 0.8])[1]["input_ids"] for k in (index, index + 2))
+    again, other = (corrupted(demo, monkeypatch, k, ends)[1]["input_ids"] for k in (index, index + 2))
     assert again.equal(changed["input_ids"]) and not other.equal(changed["input_ids"])
 
 def test_every_other_batch_learns_its_numbers_behind_words_that_the_model_says(demo, monkeypatch):
-    batch, changed, model = corrupted(demo, monkeypatch, 1, [0.0] * 4)
+    batch, changed, model = corrupted(demo, monkeypatch, 1, [[0.0] * 4] * 2)
     types = batch["slot_types"]
     with torch.no_grad():
         logits = model(**{name: batch[name] for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")}).logits
@@ -700,7 +701,7 @@ def test_defaults_depend_on_the_model():
         distill.resolve_settings(args)
         return args
     tiny, numeric, real = resolved(), resolved("--supervision", "numeric"), resolved("--model", "x/y")
-    assert (tiny.steps, tiny.lr, tiny.lora_rank, tiny.checkpointing, tiny.corrupt) == (2000, 2e-3, 0, False, True)
+    assert (tiny.steps, tiny.lr, tiny.lora_rank, tiny.checkpointing, tiny.corrupt) == (2200, 2e-3, 0, False, True)
     assert (real.steps, real.lr, real.lora_rank, real.checkpointing, real.corrupt) == (2000, 1e-4, 16, True, False)
     assert not numeric.corrupt and not real.compile and resolved("--limit", "4").epochs == 1.0
     assert resolved("--limit", "4", "--steps", "3").epochs is None
@@ -898,7 +899,7 @@ def test_headings_of_the_authors_answers_give_the_description(form):
     sections = "".join(form.format(k=k, head=head, text=text) for k, (head, text) in enumerate(zip(HEADS, texts), 1))
     description = dict(zip(infer.FIELDS, texts[:3] + ["- Eyes: wide. - Jaw: open."]))
     assert infer.read_headings(sections) == description and infer.read_headings("A calm face.") is None
-    coefficients, found = infer.read_answer(f"{sections}\n\n{json.dumps(keys)} end")
+    coefficients, found = infer.read_answer(f"{sections}\n```json\n{json.dumps(keys)}\n```")
     assert coefficients == {**dict.fromkeys(NAMES, 0.3), "tongueOut": 0.0} and list(coefficients) == NAMES
     assert found == description
 
@@ -1041,15 +1042,26 @@ def test_folders_go_in_the_order_a_person_counts(tmp_path):
     assert names == ["A.png", "b.png", "frame1.png", "frame02.jpg", "frame2.png", "frame10.png"]
 
 def test_a_picture_that_comes_twice_has_one_record_and_two_frames(trained, demo, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").symlink_to(demo / "images")
-    names = ["photos/000000.png", "photos/../photos/000000.png", "photos/000001.png", "photos/000000.png"]
-    run_main(infer, write_jsonl(tmp_path / "shots.jsonl", [{"image": name} for name in names]), "--model", trained,
-             "--csv", "take.csv", "--fps", 2)
-    assert [record["image"] for record in read_jsonl(tmp_path / "predictions.jsonl")] == ["photos/000000.png", "photos/000001.png"]
-    rows = [row.split(",") for row in (tmp_path / "take.csv").read_text().splitlines()[1:]]
+    (tmp_path / "work" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "work" / "photos").symlink_to(demo / "images")
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "work" / "runs").symlink_to(tmp_path / "scratch")  # from where ../ does not lead back
+    names = ["photos/000000.png", "there/../photos/000000.png", "photos/000001.png", "photos/000000.png"]
+    shots = write_jsonl(tmp_path / "work" / "shots.jsonl", [{"image": name} for name in names])
+    run_main(infer, shots, "--model", trained, "--out", "runs/p.jsonl", "--csv", "take.csv", "--fps", 2)
+    images = [record["image"] for record in read_jsonl(tmp_path / "scratch" / "p.jsonl")]
+    assert images == ["../work/photos/000000.png", "../work/photos/000001.png"]
+    rows = [row.split(",") for row in Path("take.csv").read_text().splitlines()[1:]]
     assert [row[0] for row in rows] == ["00:00:00:00.000", "00:00:00:01.000", "00:00:01:00.000", "00:00:01:01.000"]
     assert rows[0][2:] == rows[1][2:] == rows[3][2:] != rows[2][2:]
+
+def test_half_a_character_does_not_end_the_run(demo, tmp_path, monkeypatch):
+    predict = Mock(side_effect=lambda _, images, *more: [{"description": infer.unescape(r"so \ud83d"), "error": None}])
+    monkeypatch.setattr(infer, "predict", predict)
+    monkeypatch.setattr(infer, "load", Mock())
+    run_main(infer, demo / "val.jsonl", "--limit", 2, "--batch-size", 1, "--out", tmp_path / "p.jsonl")
+    assert [record["description"] for record in read_jsonl(tmp_path / "p.jsonl")] == ["so \ud83d"] * 2
 
 def test_a_take_has_61_columns_and_gaps_where_a_picture_failed(tmp_path):
     good = {"coefficients": {**ZEROS, "eyeBlinkLeft": 0.25, "tongueOut": 1.0}, "error": None}
@@ -1211,6 +1223,9 @@ def test_a_rig_measures_millimetres_in_whatever_unit(unit, demo, tmp_path):
     run_main(evaluate, path, demo / "val.jsonl", "--rig", tmp_path / "rig", "--out", tmp_path / "m.json")
     good = json.loads((tmp_path / "m.json").read_text())["models"][str(path)]
     assert good["vertex_mm"] == pytest.approx(10 * good["mae"], rel=0.05)  # all but tongueOut move one of 52 points
+    for file in (tmp_path / "rig").iterdir():
+        file.write_text(re.sub(r"v (\S+) (\S+)", lambda row: f"v {row[1]} {float(row[2]) * 0.002 * unit}", file.read_text()))
+    assert_refused("is 0.051 high", evaluate, path, demo / "val.jsonl", "--rig", tmp_path / "rig")
 
 @pytest.mark.filterwarnings("error")
 def test_evaluate_compares_with_baselines(demo, tmp_path, capsys):
@@ -1238,6 +1253,14 @@ def test_truth_equal_to_the_training_mean_divides_by_nothing(tmp_path, capsys):
     run_main(evaluate, path, path, "--train", path, "--out", tmp_path / "m.json")
     assert "nothing was learnt" not in capsys.readouterr().out
 
+def test_truth_that_failed_is_left_out(demo, tmp_path):
+    path = noisy(demo, tmp_path, "p.jsonl", 0.02)
+    truth = read_jsonl(path)
+    truth[3] |= {"error": "torn", "coefficients": None}
+    run_main(evaluate, path, write_jsonl(tmp_path / "truth.jsonl", truth), "--out", tmp_path / "m.json")
+    results = json.loads((tmp_path / "m.json").read_text())
+    assert results["errors"] == 1 and results["models"][str(path)]["rmse"] == 0
+
 def test_mismatches_are_refused(demo, tmp_path):
     records, path = read_jsonl(demo / "val.jsonl"), tmp_path / "p.jsonl"
     whole = [{**record, "image": str(demo / record["image"]), "error": None} for record in records]
@@ -1261,7 +1284,8 @@ def test_bad_records_are_named(change, message, tmp_path):
 
 @pytest.mark.parametrize("module, flags, message", [
     (annotate, ["missing.jsonl"], "missing.jsonl"), (annotate, ["README.md"], "README.md, line 1"),
-    (annotate, ["--demo", 5], "--demo 5"), (annotate, ["--every", 0], "--every 0"),
+    (annotate, ["--demo", 5], "--demo 5"), (annotate, ["--every", 0], "--every 0"), (annotate, ["--limit", 0], "--limit"),
+    (infer, ["--limit", 0], "--limit"), (distill, ["--limit", 0], "--limit 0"),
     (distill, ["--data", "missing.jsonl", "--out", "new"], "missing.jsonl"), (distill, ["--lr", 0], "--lr 0"),
     (distill, ["--device", "cuda"], "no GPU"), (distill, ["--resume", "--out", "nowhere"], "--resume"),
     (distill, ["--batch-size", 0], "--batch-size 0"), (distill, ["--lora-rank", -1], "--lora-rank -1"),
