@@ -400,12 +400,12 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
 
         # Save first: nothing that follows can lose the step.
         done = step + 1
-        is_last = done == args.steps
-        if args.rank == 0 and (is_last or done % args.save_every == 0):
+        saves = done % args.save_every == 0 or done == args.steps
+        if args.rank == 0 and saves:
             save_state(model, optimizers, done, args)
 
         # The log.
-        if args.rank == 0 and (is_last or done % LOG_STEPS == 0):
+        if args.rank == 0 and (saves or done % LOG_STEPS == 0):
             seconds = time.time() - began
             line = {"step": done, "loss": sum(losses) / len(losses), "lr": lr,
                     "samples/s": samples * len(losses) / seconds,
@@ -547,7 +547,7 @@ def load_pretrained(args: Namespace) -> tuple:
         add_lora(model, args.lora_rank, args.lora_alpha)
     if args.checkpointing:
         # The re-entrant form would find no input that requires a gradient and train nothing.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if args.compile:
         torch._dynamo.config.suppress_errors = True  # without a C compiler, warn and go on
         for layer in model.model.language_model.layers:

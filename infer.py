@@ -538,13 +538,13 @@ def predict_all(predictor: Predictor, names: list, args: Namespace) -> dict:
     todo = [name for name in names[rank::world_size] if name not in finished]
 
     starts = range(0, len(todo), args.batch_size)
-    with parts[rank].open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with parts[rank].open("a", encoding="utf-8") as file:
         for start in tqdm(starts, unit=" batches", disable=True if rank else None):
             batch = todo[start:start + args.batch_size]
             records = predict(predictor, [out.parent / name for name in batch], args.estimate,
                               args.numeric, args.decode)
             for name, record in zip(batch, records):
-                file.write(json.dumps({**record, "image": name}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({**record, "image": name}) + "\n")
             file.flush()
 
     if world_size > 1:

@@ -350,6 +350,11 @@ def test_clipping_is_reported_from_a_hundredth_on():
     assert (values["eyeLookInLeft"], values["jawOpen"], values["mouthLeft"], values["mouthRight"]) == (1, 1, 0, 0)
     assert counts == {"values clipped by 0.01 or more": 2}
 
+def test_records_stand_beside_their_input(tmp_path):
+    (tmp_path / "sub").mkdir()
+    run_main(annotate, make_take(tmp_path, 2), make_take(tmp_path / "sub", 1))
+    assert len(read_jsonl(tmp_path / "take.annotated.jsonl")) == 3
+
 def test_identity_is_who_is_seen_in_all_inputs(demo, tmp_path):
     for flags, expected in ((["--identity", "anna"], {"anna"}), ([], {"take", "id011"})):
         run_main(annotate, make_take(tmp_path, 2), demo / "val.jsonl", *flags, "--out", tmp_path / "o.jsonl")
@@ -543,7 +548,7 @@ def test_loss_equals_the_library_s(digits_are_split, demo, tmp_path, monkeypatch
 def corrupted(demo, monkeypatch, index: int, hidden: list) -> tuple:
     """A batch, the same corrupted by the likeliest words, in a run of 2000 batches, and the model."""
     model, dataset = make_dataset(demo, "semantic")
-    batch, args = dataset.batch(range(8)), distill.parse_args(["--steps", "2000"])
+    batch, args = dataset.batch(range(8)), distill.parse_args(["--steps", "1000", "--grad-accum", "2"])
     vars(args).update(rank=0, world_size=1, device="cpu")
     monkeypatch.setattr(distill, "HIDDEN", torch.tensor(hidden))
     monkeypatch.setattr(distill, "TEMPERATURE", 1e-4)
@@ -557,8 +562,9 @@ def test_tokens_are_hidden_by_their_type_ever_less(index, expected, demo, monkey
     shares = [is_hidden[batch["slot_types"] == kind].float().mean().item() for kind in range(4)]
     assert shares[:2] == [0.0, 0.0] and shares[2:] == pytest.approx(expected, abs=0.06)
     assert len(changed["input_ids"][is_hidden].unique()) == 1 and changed["labels"] is batch["labels"]
-    again, other = (corrupted(demo, monkeypatch, k, ends)[1]["input_ids"] for k in (index, index + 2))
-    assert again.equal(changed["input_ids"]) and not other.equal(changed["input_ids"])
+    again, other = (corrupted(demo, monkeypatch, k, ends)[1] for k in (index, index + 2))
+    assert again["input_ids"].equal(changed["input_ids"]) and not other["input_ids"].equal(changed["input_ids"])
+    assert other["labels"].equal(batch["labels"])
 
 def test_every_other_batch_learns_its_numbers_behind_words_that_the_model_says(demo, monkeypatch):
     batch, changed, model = corrupted(demo, monkeypatch, 1, [[0.0] * 4] * 2)
@@ -582,7 +588,7 @@ def test_muon_equals_the_library_s():
     library = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for p, q in zip(ours, theirs):
-            p.grad = torch.randn(p.shape)
+            p.grad = torch.randn(p.shape) * 1e-4  # whose size does not matter
             q.grad = p.grad.flatten(1)
         optimizer.step()
         library.step()
@@ -634,6 +640,65 @@ def save_and_die(model, optimizers, step, args):
 distill.save_state = save_and_die
 distill.main(distill.parse_args(sys.argv[1:]))
 """
+
+def test_the_log_tells_the_loss_of_all_tokens_and_numbers(demo, tmp_path, monkeypatch):
+    """Of the first step, before any update: 4 passes of 2 faces each in two steps, of which 100 steps make a line."""
+    clip, untouched = Mock(wraps=torch.nn.utils.clip_grad_norm_), Mock(side_effect=lambda model, batch, *more: batch)
+    monkeypatch.setattr(distill.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(distill, "corrupt", untouched)
+    save = Mock(wraps=distill.save_state)
+    monkeypatch.setattr(distill, "save_state", save)
+    run_main(distill, "--data", demo / "train.jsonl", "--limit", 8, "--batch-size", 2, "--grad-accum", 2, "--steps", 3,
+             "--save-every", 2, "--lr", 1e-9, "--expectation-weight", 3, "--out", tmp_path / "new" / "run")
+    assert [call.args[2] for call in untouched.call_args_list] == [0, 1, 2, 3, 4, 5]
+    assert {call.args[1] for call in clip.call_args_list} == {1.0}
+    assert [call.args[2] for call in save.call_args_list] == [2, 3]
+    line = read_jsonl(tmp_path / "new" / "run" / "log.jsonl")[0]
+
+    model, dataset = make_dataset(demo, "semantic")
+    args = distill.parse_args(["--steps", "3", "--batch-size", "2", "--grad-accum", "2", "--out", "nowhere"])
+    distill.resolve_settings(args)
+    order = distill.batch_order(8, args)
+    losses, tokens = [], 0
+    for first, second in (order[:2], order[2:4]):
+        batch = dataset.batch(first + second)
+        nats, squared = distill.answer_loss(model, batch, dataset.value_ids)
+        losses.append((nats / (batch["labels"] != -100).sum() + 3 * squared / (4 * 52)).item())
+        tokens += sum(len(dataset[index]["input_ids"]) for index in first + second)
+    assert line["step"] == 2 and line["loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+    assert line["tokens/s"] / line["samples/s"] == pytest.approx(tokens / 8, rel=1e-6)
+
+    held_out = distill.FaceDataset(distill.read_records(demo / "val.jsonl", "semantic", None), dataset.tokenizer,
+                                   dataset.image_processor, "semantic", 64 * 64).batch(range(20))
+    nats = distill.answer_loss(model, held_out)[0] / (held_out["labels"] != -100).sum()
+    assert line["val_loss"] == pytest.approx(nats.item(), abs=1e-4)
+
+def test_lora_starts_as_nothing_with_kaiming_s_bounds():
+    layer = distill.LoraLinear(torch.nn.Linear(64, 50), 8, 32.0)
+    x = torch.randn(3, 64)
+    assert layer(x).equal(layer.base(x)) and layer.scale == 4.0
+    assert 0.9 / 8 < layer.lora_A.abs().max() <= 1 / 8  # 1 / sqrt(in)
+
+def test_adamw_has_the_settings_of_the_docstring():
+    defaults = distill.make_adamw([torch.zeros(2, requires_grad=True)]).defaults
+    assert (defaults["betas"], defaults["weight_decay"]) == ((0.9, 0.98), 0.05)
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_layers_are_compiled_and_checkpointed_as_asked(flag, tmp_path):
+    args = distill.parse_args(["--model", str(make_qwen(tmp_path / "hub")), "--lora-rank", "2"])
+    vars(args).update(checkpointing=flag, compile=flag, dtype="float32")
+    model = distill.load_pretrained(args)[0]
+    assert model.is_activation_checkpointing == flag
+    assert all((layer._compiled_call_impl is not None) == flag for layer in model.model.language_model.layers)
+
+def test_the_demo_is_drawn_once(demo, tmp_path, monkeypatch):
+    path = tmp_path / "drawn" / "train.jsonl"
+    draw = Mock(side_effect=lambda command: path.parent.symlink_to(demo))
+    monkeypatch.setattr(distill, "DEMO", str(path))
+    monkeypatch.setattr(distill.subprocess, "run", draw)
+    for out in ("one", "two"):
+        run_main(distill, "--data", path, "--limit", 2, "--out", tmp_path / out)
+    assert [[Path(part).name for part in call.args[0][1:]] for call in draw.call_args_list] == [["annotate.py"]]
 
 @pytest.mark.parametrize("kind", ["tiny", "lora"])
 def test_killed_run_resumes_to_the_same_weights(kind, demo, tmp_path):
@@ -721,7 +786,7 @@ def test_two_processes_train_as_one(demo, tmp_path):
 def test_resume_with_other_processes_takes_all_steps(demo, tmp_path, monkeypatch):
     flags = ["--data", demo / "train.jsonl", "--limit", 8, "--batch-size", 2, "--epochs", 2, "--save-every", 2]
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "validate", Mock(side_effect=KeyboardInterrupt))  # behind the first save
+        patch.setattr(distill, "validate", Mock(side_effect=KeyboardInterrupt))  # which follows the first save
         with pytest.raises(KeyboardInterrupt):
             run_main(distill, *flags, "--out", tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -758,7 +823,7 @@ def test_unusable_pictures_are_left_out_and_said(model, record, tmp_path, capsys
                    "--out", tmp_path / "other")
 
 def test_a_run_says_how_many_people_it_sees_and_that_nothing_validates_it(record, tmp_path, capsys):
-    data = write_jsonl(tmp_path / "data.jsonl", [record, record, {**record, "identity": "other"}])
+    data = write_jsonl(tmp_path / "val.jsonl", [record, record, {**record, "identity": "other"}])  # which is no validation
     run_main(distill, "--data", data, "--steps", 1, "--out", tmp_path / "run")
     assert "3 faces of 2 people" in (out := capsys.readouterr().out) and "name records with --val" in out
     assert "val_loss" not in read_jsonl(tmp_path / "run" / "log.jsonl")[0]
@@ -905,7 +970,7 @@ def test_headings_of_the_authors_answers_give_the_description(form):
 
 @pytest.mark.parametrize("text, message", [
     ("no braces", "lacks 52"), (json.dumps({"arkit": ZEROS})[:-30], "lacks 52"), ("[1] and 5", "lacks 52"),
-    *((json.dumps({**ZEROS, "jawOpen": value}), "lacks 1 .*jawOpen") for value in (None, "x", float("nan")))])
+    *((json.dumps({**ZEROS, "jawOpen": value}), "lacks 1 .*jawOpen") for value in (None, "x", float("nan"), float("inf")))])
 def test_free_answers_that_lack_something_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         infer.read_answer(text)
@@ -936,17 +1001,17 @@ def test_photos_with_a_foreign_adapter_end_in_numbers_a_take_and_charts(tmp_path
     turns = [{"role": "system", "content": "You read faces."}, {"role": "user", "content": "<image>Read {this}."}]
     prompt = write_jsonl(tmp_path / "example.jsonl", [{"messages": turns, "images": ["a.jpg"]}])
     adapter = make_adapter(tmp_path / "adapter", "/gone/hub/Qwen")
-    flags = [photos, "--model", adapter, "--prompt", prompt, "--out", tmp_path / "p.jsonl", "--csv", tmp_path / "take.csv",
-             "--plot", tmp_path / "charts"]
+    out, take, charts = tmp_path / "a" / "b" / "p.jsonl", tmp_path / "c" / "d" / "take.csv", tmp_path / "e" / "charts"
+    flags = [photos, "--model", adapter, "--prompt", prompt, "--out", out, "--csv", take, "--plot", charts]
     assert_refused("/gone/hub/Qwen, --base", infer, *flags)
     run_main(infer, *flags, "--base", hub)
-    records = read_jsonl(tmp_path / "p.jsonl")
-    assert [record["image"] for record in records] == [f"photos/img{k}.jpg" for k in (9, 10, 11)]
+    records = read_jsonl(out)
+    assert [record["image"] for record in records] == [f"../../photos/img{k}.jpg" for k in (9, 10, 11)]
     for record in records:
         assert record["error"] is None and record["description"] is None  # it babbles, without headings
         assert list(record["coefficients"]) == list(record["std"]) == NAMES and max(record["std"].values()) > 0.1
-    assert len((tmp_path / "take.csv").read_text().splitlines()) == 4
-    assert {path.name for path in (tmp_path / "charts").iterdir()} == {f"00000{k}_img{k + 9}.png" for k in range(3)}
+    assert len(take.read_text().splitlines()) == 4
+    assert {path.name for path in charts.iterdir()} == {f"00000{k}_img{k + 9}.png" for k in range(3)}
     predictor = infer.load(adapter, prompt_file=prompt, base=hub)
     text = predictor.tokenizer.decode(inputs_of(predictor, make_noise((64, 64)))["input_ids"][0])
     assert text.startswith("<|im_start|>system\nYou read faces.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>")
@@ -1211,6 +1276,7 @@ def test_models_are_compared_in_pairs_and_by_field(demo, tmp_path, capsys):
     assert {"models", "baselines", "intervals", "differences", "by_region", "by_coefficient", "description",
             "uncertainty"} <= results.keys() and Image.open(tmp_path / "m.png").size == (1780, 1180)
     assert results["by_region"]["jaw"]["rmse"] == pytest.approx(0.02, rel=0.6)
+    assert list(results["baselines"]) == ["zeros", "training mean"]  # of train.jsonl beside the truth
 
 @pytest.mark.parametrize("unit", [0.1, 1.0, 100.0])
 def test_a_rig_measures_millimetres_in_whatever_unit(unit, demo, tmp_path):
@@ -1222,6 +1288,9 @@ def test_a_rig_measures_millimetres_in_whatever_unit(unit, demo, tmp_path):
     path = noisy(demo, tmp_path, "p.jsonl", 0.02)
     run_main(evaluate, path, demo / "val.jsonl", "--rig", tmp_path / "rig", "--out", tmp_path / "m.json")
     good = json.loads((tmp_path / "m.json").read_text())["models"][str(path)]
+    error = np.abs(as_array(read_jsonl(path)) - as_array(read_jsonl(demo / "val.jsonl")))
+    lips = [NAMES.index(name) for name in ("mouthRollUpper", "mouthRollLower", "mouthFunnel", "mouthPucker")]
+    assert good["lip_mm"] == pytest.approx(10 * error[:, lips].max(axis=1).mean())
     assert good["vertex_mm"] == pytest.approx(10 * good["mae"], rel=0.05)  # all but tongueOut move one of 52 points
     for file in (tmp_path / "rig").iterdir():
         file.write_text(re.sub(r"v (\S+) (\S+)", lambda row: f"v {row[1]} {float(row[2]) * 0.002 * unit}", file.read_text()))
@@ -1237,8 +1306,8 @@ def test_evaluate_compares_with_baselines(demo, tmp_path, capsys):
     train = read_jsonl(demo / "train.jsonl")
     twice = write_jsonl(tmp_path / "train.jsonl", [*train, *train[:20]])
     run_main(evaluate, write_jsonl(path, [*perfect, unknown]), demo / "val.jsonl", "--train", twice,
-             "--out", tmp_path / "new" / "m.json")
-    results = json.loads((tmp_path / "new" / "m.json").read_text())
+             "--out", tmp_path / "new" / "er" / "m.json")
+    results = json.loads((tmp_path / "new" / "er" / "m.json").read_text())
     assert results["models"][str(path)]["rmse"] == 0 and results["errors"] == 1
     assert set(results["description"].values()) == {1.0} and len(results["description"]) == 5
     errors = as_array(records[1:]) - as_array(train + train[:20]).mean(axis=0)
@@ -1272,7 +1341,7 @@ def test_mismatches_are_refused(demo, tmp_path):
 # ---- Bad input: one sentence, never a traceback ----------------------------------------------------------------------
 @pytest.mark.parametrize("change, message", [
     *((line, "") for line in ("", '{"image": ', "[1]", "null")), ({"jawOpen": 0.5}, "52 ARKit"), ([0.5], "52"),
-    *(({**ZEROS, "jawOpen": value}, "jawOpen") for value in (float("nan"), "0.5", True, 7.0)),
+    *(({**ZEROS, "jawOpen": value}, "jawOpen") for value in (float("nan"), "0.5", True, 1.2)),
     ({**ZEROS, "jawDrop" * 999: 0.5}, "52 ARKit")])
 def test_bad_records_are_named(change, message, tmp_path):
     path, record = tmp_path / "bad.jsonl", {"image": "x.png", "coefficients": change, "error": None}
