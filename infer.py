@@ -64,7 +64,8 @@ IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pi
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]  # the last columns of a Live Link take
-MAX_TEXT_TOKENS, MAX_NEW_TOKENS = 600, 2048  # of a text slot, of a free answer
+MAX_TOKENS = {"text": 600, **dict.fromkeys(FIELDS, 150)}  # of each text slot
+MAX_NEW_TOKENS = 2048  # of a free answer
 AUTHORS_PIXELS = 1024 * 32 * 32  # at most, for a checkpoint trained elsewhere: 1024 image tokens
 BAR, INK = "#0072b2", "#282828"
 
@@ -153,9 +154,10 @@ def prefill(model: nn.Module, inputs: dict) -> State:
     offset = model.model.rope_deltas  # which this call has left in the model
     return State(model, cache, inputs["attention_mask"], offset, output.last_hidden_state[:, -1:])
 
-def decode_text(state: State, skeleton_ids: list, closing_id: int) -> list:
+def decode_text(state: State, skeleton_ids: list, closing_id: int, limit: int) -> list:
     """Feeds a piece of skeleton, then decodes greedily until every answer has chosen the token that
-    closes its text. That token is the first of the next piece, so it is not fed here.
+    closes its text, or has `limit` tokens. The closing token is the first of the next piece, so it
+    is not fed here.
 
     Returns the token ids of each text. The shorter ones stand in the cache with padding behind.
     """
@@ -165,7 +167,7 @@ def decode_text(state: State, skeleton_ids: list, closing_id: int) -> list:
         state.feed(ids, torch.ones_like(ids))
 
     columns = [is_open[:, :0]]  # (B, 0), for texts may be empty
-    for _ in range(MAX_TEXT_TOKENS):
+    for _ in range(limit):
         ids = state.model.lm_head(state.last).argmax(dim=-1)  # (B, 1)
         is_open = is_open & (ids != closing_id)
         if not is_open.any():
@@ -247,8 +249,8 @@ def decode_forced(predictor: "Predictor", inputs: dict, supervision: str) -> tup
     state = prefill(predictor.model, inputs)
     written = [{} for _ in inputs["input_ids"]]  # {slot: text} of each answer
     for (skeleton_ids, slot), (next_ids, _) in zip(pieces, pieces[1:]):
-        if slot == "text" or slot in FIELDS:
-            texts = decode_text(state, skeleton_ids, closing_id=next_ids[0])
+        if slot in MAX_TOKENS:
+            texts = decode_text(state, skeleton_ids, next_ids[0], MAX_TOKENS[slot])
             for answer, ids in zip(written, texts):
                 text = tokenizer.decode(ids)
                 answer[slot] = unescape(text) if slot in FIELDS else text

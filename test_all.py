@@ -897,7 +897,7 @@ def greedy_answer(predictor: infer.Predictor, picture: Image.Image, supervision:
             numbers.append(10 * digits.index(whole) + digits.index(answer[-1]))
         else:
             texts.append([])
-            while len(texts[-1]) < infer.MAX_TEXT_TOKENS:
+            while len(texts[-1]) < (9 if slot == "text" else 6):
                 token = choose(list(range(len(predictor.tokenizer))))
                 if token == encode(following)[0]:
                     break
@@ -915,7 +915,7 @@ def test_every_token_is_greedy(supervision, tmp_path, monkeypatch):
                 weight.mul_(10)
         predictor.model.lm_head.weight.mul_(10)
     decode_text, written = infer.decode_text, []
-    monkeypatch.setattr(infer, "MAX_TEXT_TOKENS", 6)
+    monkeypatch.setattr(infer, "MAX_TOKENS", {"text": 9, **dict.fromkeys(infer.FIELDS, 6)})
     monkeypatch.setattr(infer, "decode_text", lambda *args, **more: written.append(decode_text(*args, **more)) or written[-1])
     pictures = make_noise((64, 64), (64, 64), (96, 64))
     shares, chosen, _ = infer.decode_forced(predictor, inputs_of(predictor, pictures), supervision)
