@@ -274,7 +274,7 @@ def test_demo_splits_by_identity_and_shifts_in_style_only(demo, tmp_path):
     run_main(annotate, "--demo", 250, "--limit", 4, "--out", tmp_path, "--seed", 1)  # half a person more, --limit or not
     train, val, shift, *others = (read_jsonl(folder / f"{name}.jsonl") for folder, name in (
         (demo, "train"), (demo, "val"), (demo, "shift"), (tmp_path, "train"), (tmp_path, "val")))
-    assert list(map(len, (train, val, *others))) == [220, 20, 240, 10]
+    assert list(map(len, (train, val, *others))) == [220, 20, 220, 30]
     people = [{record["identity"] for record in part} for part in (train, val, *others)]
     assert all(people) and len(set.union(*people)) == sum(map(len, people)) == 12 + 13
     assert [{**record, "image": ""} for record in val] == [{**record, "image": ""} for record in shift]
@@ -720,11 +720,12 @@ def test_killed_run_resumes_to_the_same_weights(kind, demo, tmp_path):
 def test_interrupt_names_the_last_save(demo, tmp_path):
     flags = ["--steps", "100000", "--batch-size", "1", "--limit", "4", "--save-every", "5", "--out", tmp_path / "run"]
     command = [sys.executable, ROOT / "distill.py", "--data", demo / "train.jsonl", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    heeding = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     while process.poll() is None and not (tmp_path / "run" / "state.pt").is_file():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    message = process.communicate()[1].strip().split("\n")[-1]
+    message = process.communicate(timeout=100)[1].strip().split("\n")[-1]
     step = torch.load(tmp_path / "run" / "state.pt")["step"]
     assert process.returncode == 1 and f"holds step {step}, --resume goes on" in message
 
@@ -1251,7 +1252,7 @@ def test_intervals_cover_the_truth_and_resample_people():
 def test_intervals_of_constant_errors_and_what_was_resampled():
     errors = {"a": np.full((9, 52), 0.3), "b": np.full((9, 52), 0.1)}
     same = evaluate.intervals(errors, list("abcdefghi"), 0)
-    assert [*same["intervals"]["a"]["rmse"], *same["by_region"]["jaw"]["interval"]] == pytest.approx([0.3] * 4)
+    assert same["intervals"]["a"]["rmse"] == pytest.approx([0.3, 0.3])
     assert same["differences"]["b minus a"]["mae"] == pytest.approx([-0.2, -0.2])
     assert same["resampled"].startswith("9 identities")
     assert evaluate.intervals(errors, list("aaaabbbcd"), 0)["resampled"].startswith("9 pictures")
