@@ -295,7 +295,7 @@ def test_takes_are_read_by_column_name(tmp_path):
     (tmp_path / "take.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())  # byte order mark, CRLF, a blank line
     assert read_input(tmp_path / "take.csv") == ([{"image": None, "coefficients": face, "identity": "take"}], {})
 
-def test_rows_without_values_are_left_out_and_counted_and_keep_their_frame(tmp_path):
+def test_rows_without_values_are_left_out_and_counted_and_keep_their_frame(tmp_path, capsys):
     take = make_take(tmp_path, 4)
     lines = take.read_text().splitlines()
     lines[2] = "00:00:00:01.000,0" + "," * 61
@@ -304,6 +304,8 @@ def test_rows_without_values_are_left_out_and_counted_and_keep_their_frame(tmp_p
     assert [Path(record["image"]).name for record in records] == ["frame1.png", "frame3.png", "frame4.png"]
     assert [record["coefficients"]["jawOpen"] for record in records] == pytest.approx([0.0, 0.2, 0.3])
     assert counts == {"without a face, values or a prediction, left out": 2}
+    run_main(annotate, take)
+    assert "2 without a face, values or a prediction, left out" in capsys.readouterr().out
 
 def test_frames_are_paired_in_the_order_a_person_counts(tmp_path):
     frames = make_frames(tmp_path, "Frame{}.png", [12, 11, 10, 9, 8, 6, 5, 4, 3, 2, 1])
