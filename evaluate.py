@@ -376,7 +376,7 @@ def compare(runs: dict, truth: list, baselines: dict, rig: tuple | None, args: N
     errors = {file: array - true for file, array in predicted.items()}  # (N, C) each
     results |= intervals(errors, people, args.seed)
 
-    # What follows is of the first file alone, beside the best baseline.
+    # What follows is of the first file alone, beside the last baseline, the training mean if known.
     records, *_ = runs.values()
     first, *_ = predicted.values()
     *_, baseline = baselines.values()
@@ -389,6 +389,7 @@ def compare(runs: dict, truth: list, baselines: dict, rig: tuple | None, args: N
     for region, columns in REGIONS.items():
         results["by_region"][region] = metrics(first[:, columns], true[:, columns])
 
+    # Correlations are None where the truth does not vary.
     results["by_coefficient"] = {}
     for k, name in enumerate(ARKIT_NAMES):
         values = metrics(first[:, [k]], true[:, [k]])

@@ -257,8 +257,9 @@ def decode_forced(predictor: "Predictor", inputs: dict, supervision: str) -> tup
         elif slot == ARKIT_NAMES[0]:  # all 52 numbers at once
             probabilities, choice = decode_numbers(state, pieces, value_ids)
 
-    descriptions = [read_headings(**answer) if "text" in answer else answer for answer in written]
-    return probabilities, choice, [words or None for words in descriptions]
+    if "text" in written[0]:
+        written = [read_headings(answer["text"]) for answer in written]
+    return probabilities, choice, [words or None for words in written]
 
 def unescape(text: str) -> str:
     """What a text within JSON stands for: \\" is a quote. As it is, if it is no JSON."""
