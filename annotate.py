@@ -161,7 +161,8 @@ def classify(coefficients: dict) -> tuple[str, str]:
     levels = {name: bisect(BANDS, coefficients[name]) for name in EXPRESSIVE}
     if not any(levels.values()):
         return "neutral", "not clearly observable"
-    length, cosines = math.hypot(*levels.values()), []
+    length = math.hypot(*levels.values())
+    cosines = []
     for emotion, pattern, at_rest in PROTOTYPES:
         if not any(levels[name] for name in at_rest):
             product = sum(levels[name] * weight for name, weight in pattern.items())
@@ -240,7 +241,8 @@ CLOSED = re.compile(r'(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')  # up to th
 
 def is_valid(words: dict, coefficients: dict) -> bool:
     """Whether every field has a text that is no loop, and the movements not just the example's."""
-    texts, movements = [words.get(field) for field in FIELDS], words.get("muscle_movements")
+    texts = [words.get(field) for field in FIELDS]
+    movements = words.get("muscle_movements")
     if not all(texts) or any(map(LOOP.search, texts)):
         return False
     is_copy = movements == EXAMPLE_WORDS["muscle_movements"]
@@ -398,7 +400,8 @@ FACE_OF = {".csv": face_of_take, ".json": face_of_mediapipe}  # any other file h
 
 def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Iterator[dict]:
     """Yields every Nth record, its image by the path from here. SystemExit on a bad one."""
-    suffix, where = path.suffix.lower(), "as a whole"
+    suffix = path.suffix.lower()
+    where = "as a whole"
     try:
         # Each row gets its frame first. Then --every and empty rows leave out both.
         items = list(items_of(path))
@@ -501,7 +504,8 @@ class Pen:
 
     def __init__(self, size: int, background: tuple, thickness: float):
         side = size * SUPERSAMPLE
-        self.half, self.thickness = side / 2, thickness
+        self.half = side / 2
+        self.thickness = thickness
         self.canvas = Image.new("RGB", (side, side), background)
         self.draw = ImageDraw.Draw(self.canvas)
 
@@ -542,7 +546,8 @@ def draw_head(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
         pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, look.outline)
 
     # A chin that is pushed forward grows and brightens, and so do puffed cheeks.
-    y, color = look.height - 0.1 + drop, mix(look.skin, WHITE, 0.6 * c.jawForward)
+    y = look.height - 0.1 + drop
+    color = mix(look.skin, WHITE, 0.6 * c.jawForward)
     pen.ellipse(slide, y, 0.14 + 0.14 * c.jawForward, 0.05 + 0.07 * c.jawForward, color)
     for x in (-0.5, 0.5):
         pen.ellipse(x, 0.36, 0.13, 0.13, mix(look.skin, WHITE, 0.55 * c.cheekPuff))
@@ -617,7 +622,8 @@ def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) ->
     pen.line(x, lower, shade(0.35 + 0.5 * c.eyeSquint), 0.02 + 0.02 * c.eyeSquint)
 
     # The cheek: a blush and the fold above it.
-    x, blush = eye_x + side * 0.05, mix(look.skin, RED, 0.75 * c.cheekSquint)
+    x = eye_x + side * 0.05
+    blush = mix(look.skin, RED, 0.75 * c.cheekSquint)
     pen.ellipse(x, 0.2 - 0.07 * c.cheekSquint, 0.13, 0.07, blush)
     y = 0.12 - 0.08 * c.cheekSquint + 0.06 * t * t
     pen.line(x + 0.15 * t, y, shade(0.7 * c.cheekSquint), 0.03)
@@ -639,9 +645,11 @@ def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) ->
 def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
               style: str = "cartoon") -> Image.Image:
     """Draws a face of `size` pixels, every action visible; the identity alone fixes the looks."""
-    rng, palette = np.random.default_rng(list(str(identity).encode())), STYLES[style]
+    rng = np.random.default_rng(list(str(identity).encode()))
+    palette = STYLES[style]
     # The order of these lines decides which random number each part of the looks gets.
-    skins, look = palette["skins"], SimpleNamespace(outline=palette["outline"])
+    skins = palette["skins"]
+    look = SimpleNamespace(outline=palette["outline"])
     tone = rng.uniform(0, len(skins) - 1.001)
     look.skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
     look.lips = mix(look.skin, RED, rng.uniform(0.5, 0.9))
@@ -662,7 +670,8 @@ def draw_all(records: list[dict], images: Path, style: str = "cartoon") -> list[
     """Draws all faces into a folder, on all cores; returns the records with their images."""
     images.mkdir(parents=True, exist_ok=True)
     faces = [record["coefficients"] for record in records]
-    people, drawn = [record.get("identity", "id000") for record in records], []
+    people = [record.get("identity", "id000") for record in records]
+    drawn = []
     with ProcessPoolExecutor() as pool:
         pictures = pool.map(draw_face, faces, people, repeat(64), repeat(style), chunksize=64)
         bar = tqdm(zip(records, pictures), "drawing", len(records), disable=None)

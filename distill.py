@@ -347,7 +347,7 @@ def batch_order(count: int, args: Namespace) -> list[list[int]]:
     order = torch.cat(shuffles)[:total].view(-1, args.world_size, args.batch_size)
     return order[:, args.rank].tolist()  # (batches, B)
 
-def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset | None,
+def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset,
           args: Namespace, start: int) -> None:
     """Trains from step `start` on, saves, validates and logs."""
     trained = [p for p in model.parameters() if p.requires_grad]

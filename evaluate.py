@@ -16,7 +16,6 @@ Writes: a table, every number of it in a .json file, with --plot one picture
 Shapes: N images, C = 52 coefficients, G groups, R resamplings, V vertices.
 """
 import json
-import math
 import os
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
