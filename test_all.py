@@ -519,13 +519,17 @@ def test_any_text_encodes_and_minus_zero_is_zero(demo):
     text = dataset.tokenizer.decode(dataset[0]["input_ids"])
     assert '"jawOpen": 0.0,' in text and '"mouthLeft": 0.0,' in text and '"mouthRight": 1.0,' in text
 
+def library_inputs(model, batch):
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "image_grid_thw")}
+    return {**inputs, "mm_token_type_ids": (batch["input_ids"] == model.config.image_token_id).long()}
+
 @pytest.mark.parametrize("digits_are_split", [False, True])
 def test_loss_equals_the_library_s(digits_are_split, demo, tmp_path, monkeypatch):
     model, dataset = make_dataset(demo, "semantic", make_qwen(tmp_path / "hub") if digits_are_split else None)
     dataset.records[0]["coefficients"] |= {"jawOpen": 1.0, "mouthPucker": 0.97}
     batch = dataset.batch(range(4))
-    nats, squared = distill.answer_loss(model, batch, dataset.value_ids)
-    inputs = {name: batch[name] for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw", "labels")}
+    nats, squared = distill.answer_loss(model, batch, torch.tensor(dataset.value_ids))
+    inputs = {**library_inputs(model, batch), "labels": batch["labels"]}
     real = torch.tensor([len(dataset[index]["input_ids"]) for index in range(4)])
     inputs["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < real[:, None]).long()
     output = model(**inputs)
@@ -572,7 +576,7 @@ def test_every_other_batch_learns_its_numbers_behind_words_that_the_model_says(d
     batch, changed, model = corrupted(demo, monkeypatch, 1, [[0.0] * 4] * 2)
     types = batch["slot_types"]
     with torch.no_grad():
-        logits = model(**{name: batch[name] for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")}).logits
+        logits = model(**library_inputs(model, batch)).logits
     logits[:, :, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
     said, is_word = logits[:, :-1].argmax(dim=-1), (types == distill.TEXT)[:, 1:]  # behind the true words
     assert changed["input_ids"][:, 1:][is_word].equal(said[is_word])
@@ -581,23 +585,49 @@ def test_every_other_batch_learns_its_numbers_behind_words_that_the_model_says(d
     assert (changed["labels"][is_before] == -100).all()
     assert changed["labels"][~is_before].equal(batch["labels"][~is_before])
 
-def test_muon_equals_the_library_s():
+def test_updates_become_orthogonal_whatever_their_size():
     torch.manual_seed(0)
-    ours = [torch.full(shape, 0.5).requires_grad_() for shape in [(24, 16), (16, 40), (8, 2, 3, 4)]]
-    theirs = [p.detach().flatten(1).clone().requires_grad_() for p in ours]
-    optimizer = distill.Muon(ours)
-    optimizer.param_groups[0]["lr"] = 0.02
+    u, _, v = torch.linalg.svd(torch.randn(3, 8, 24), full_matrices=False)
+    singular = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005])
+    x = u * singular @ v * torch.tensor([1e-6, 1.0, 1e4])[:, None, None]
+    values = torch.linalg.svdvals(distill.orthogonalize(x))
+    assert values.min() > 0.65 and values.max() < 1.25  # as loose as the method is
+    assert (u.mT @ distill.orthogonalize(x) @ v.mT - torch.eye(8)).abs().max() < 0.35
+    assert distill.orthogonalize(torch.zeros(1, 8, 24)).abs().max() == 0
+
+@pytest.mark.parametrize("width", [(16,), (4, 2, 5)])
+def test_muon_equals_the_library_s_block_by_block(width, monkeypatch):
+    monkeypatch.setattr(distill, "BLOCK_ROWS", 8)
+    torch.manual_seed(0)
+    ours = [torch.full((rows, *width), 0.5).requires_grad_() for rows in (24, 8, 16)]
+    optimizer = distill.Muon(ours, {"lr": 0.02})
+    theirs = [part.flatten(1).clone().requires_grad_() for p in ours for part in p.detach().split(8)]
     library = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
-        for p, q in zip(ours, theirs):
-            p.grad = torch.randn(p.shape) * 1e-4  # whose size does not matter
-            q.grad = p.grad.flatten(1)
+        for q in theirs:
+            q.grad = torch.randn(q.shape) * 1e-4  # whose size does not matter
+        grads = torch.cat([q.grad for q in theirs])
+        for p, grad in zip(ours, grads.split([24, 8, 16])):
+            p.grad = grad.view_as(p)
         optimizer.step()
         library.step()
-    for p, q in zip(ours, theirs):  # which computes in bfloat16
-        step, expected = (value.detach().flatten() - 0.5 for value in (p, q))
+    for p, q in zip([part for p in ours for part in p.detach().split(8)], theirs):
+        step, expected = (value.detach().flatten() - 0.5 for value in (p, q))  # bfloat16 in theirs
         assert torch.cosine_similarity(step, expected, dim=0) > 0.999
         assert step.norm().item() == pytest.approx(expected.norm().item(), rel=0.02)
+
+def test_matrices_go_to_muon_and_the_rest_to_adamw(demo):
+    model, _ = make_dataset(demo, "semantic")
+    names = {p: name for name, p in model.named_parameters()}
+    adamw, *muons = distill.tiny_optimizers(model)
+    assert type(adamw) is torch.optim.AdamW and {type(muon) for muon in muons} == {distill.Muon}
+    params = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (adamw, *muons)]
+    assert sorted(names[p] for p in sum(params, [])) == sorted(names.values())  # each once
+    tables = {"model.language_model.embed_tokens.weight", "model.visual.pos_embed.weight"}
+    assert {names[p] for p in params[0]} == tables | {name for p, name in names.items() if p.dim() == 1}
+    for alike in params[1:]:
+        assert len({p.flatten(1).shape[1] for p in alike}) == 1
+        assert all(len(p) % distill.BLOCK_ROWS == 0 for p in alike)
 
 def test_batches_are_shared_out_and_cover_every_epoch():
     args, orders = distill.parse_args(["--steps", "10"]), []
@@ -664,7 +694,7 @@ def test_the_log_tells_the_loss_of_all_tokens_and_numbers(demo, tmp_path, monkey
     losses, tokens = [], 0
     for first, second in (order[:2], order[2:4]):
         batch = dataset.batch(first + second)
-        nats, squared = distill.answer_loss(model, batch, dataset.value_ids)
+        nats, squared = distill.answer_loss(model, batch, torch.tensor(dataset.value_ids))
         losses.append((nats / (batch["labels"] != -100).sum() + 3 * squared / (4 * 52)).item())
         tokens += sum(len(dataset[index]["input_ids"]) for index in first + second)
     assert line["step"] == 2 and line["loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
@@ -769,7 +799,7 @@ def test_defaults_depend_on_the_model():
         distill.resolve_settings(args)
         return args
     tiny, numeric, real = resolved(), resolved("--supervision", "numeric"), resolved("--model", "x/y")
-    assert (tiny.steps, tiny.lr, tiny.lora_rank, tiny.checkpointing, tiny.corrupt) == (2200, 2e-3, 0, False, True)
+    assert (tiny.steps, tiny.lr, tiny.lora_rank, tiny.checkpointing, tiny.corrupt) == (2500, 2e-3, 0, False, True)
     assert (real.steps, real.lr, real.lora_rank, real.checkpointing, real.corrupt) == (2000, 1e-4, 16, True, False)
     assert not numeric.corrupt and not real.compile and resolved("--limit", "4").epochs == 1.0
     assert resolved("--limit", "4", "--steps", "3").epochs is None
