@@ -595,7 +595,7 @@ def resolve_settings(args: Namespace) -> None:
 HIDDEN = torch.tensor([[0.0, 0.0, 0.4, 1.0], [0.0, 0.0, 0.2, 0.1]])
 CANDIDATES = 10  # words are sampled among so many
 TEMPERATURE = 1.5  # of sampled words, so that they err as the model's own do at inference
-BLOCK_ROWS = 96  # that Muon makes orthogonal at a time, a divisor of all widths
+BLOCK_ROWS = 96  # that Muon makes orthogonal at a time, a divisor of every matrix' rows
 BATCH_STRIDE = 1009  # between the seeds of two batches, so that runs of seeds below share none
 # Qwen-VL's special tokens, and what its settings call their ids.
 SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id",
@@ -657,7 +657,7 @@ def build_tiny(records: list[dict]) -> tuple:
 def orthogonalize(x: Tensor) -> Tensor:
     """U V^T, roughly, of the singular value decomposition U S V^T of each block (rows, width).
 
-    Five Newton-Schulz steps, with the coefficients of torch.optim.Muon.
+    Five Newton-Schulz steps, with the coefficients of torch.optim.Muon. No more rows than width.
     """
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
@@ -671,9 +671,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal, at the size of AdamW's (arXiv 2502.16982).
 
     For weights of one width, which are cut into blocks of BLOCK_ROWS rows, each orthogonal in
-    itself (arXiv 2510.16981): the largest, of the image tower's mergers, take a fifth of the time
-    so. All blocks are computed together, and in float32: torch.optim.Muon computes in bfloat16, for
-    which many processors have no instructions and take 25 times as long.
+    itself (arXiv 2510.16981): the largest, of the image tower's mergers, need a fifth of the
+    arithmetic so. All blocks are computed together, and in float32: torch.optim.Muon computes in
+    bfloat16, for which many processors have no instructions and take 25 times as long.
     """
 
     @torch.no_grad()

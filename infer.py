@@ -431,8 +431,8 @@ def prepare(predictor: Predictor, pixels: list) -> dict:
     inputs = predictor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt",
                                  add_special_tokens=False, return_token_type_ids=False)
     # Without mm_token_type_ids generate() would quietly use text positions for the image.
-    image_pad_id = predictor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_pad_id).long()
+    is_image = inputs["input_ids"] == predictor.model.config.image_token_id
+    inputs["mm_token_type_ids"] = is_image.long()
     inputs["pixel_values"] = torch.cat([one["pixel_values"] for one in pixels])  # (patches, .)
     inputs["image_grid_thw"] = grid
     return dict(inputs.to(predictor.model.device))
