@@ -755,9 +755,11 @@ def make_demo(folder: Path, args: argparse.Namespace) -> None:
 # ---- The stage itself ----------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> None:
     """Draws the demo, or describes the records of every INPUT."""
-    if min(args.every, args.batch_size, args.limit) < 1 or args.demo < 240:  # 12 people
-        raise SystemExit(f"--demo {args.demo}, --every {args.every}: expected at least 240, and at "
-                         "least 1 for --every, --batch-size and --limit")
+    least = {"every": 1, "batch_size": 1, "limit": 1, "seed": 0, "demo": 240}  # 240: 12 people
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least "
+                             f"{value}")
     if args.frames and len(args.inputs) != 1:
         raise SystemExit(f"--frames {args.frames} belongs to one INPUT; annotate one after another")
     if not args.inputs:

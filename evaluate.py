@@ -159,7 +159,7 @@ def bootstrap(columns: dict, groups: ndarray, seed: int) -> dict:
     Whole groups are drawn, as images of one person are alike (Efron & Tibshirani 1993, Ch. 8).
     `groups` (N,) holds the number of the group that an image belongs to.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(abs(seed))  # numpy takes no negative ones
     sums = np.stack([np.bincount(groups, column) for column in columns.values()])  # (K, G)
     sizes = np.bincount(groups)  # (G,)
     means = []
