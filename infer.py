@@ -118,7 +118,7 @@ def answer_skeleton(supervision: str) -> list:
         blanks = {"analysis": dict.fromkeys(FIELDS, "999"),
                   "arkit": dict.fromkeys(ARKIT_NAMES, 999)}
         answer = {part: blanks[part] for part in PARTS[supervision]}
-        text, slots = json.dumps(answer), list(chain(*answer.values()))
+        text, slots = json.dumps(answer), chain(*answer.values())
     return list(zip(text.split("999"), [*slots, None]))
 
 @dataclass
@@ -154,28 +154,29 @@ def prefill(model: nn.Module, inputs: dict) -> State:
     offset = model.model.rope_deltas  # which this call has left in the model
     return State(model, cache, inputs["attention_mask"], offset, output.last_hidden_state[:, -1:])
 
-def decode_text(state: State, skeleton_ids: list, closing_id: int, limit: int) -> list:
-    """Feeds a piece of skeleton, then decodes greedily until every answer has chosen the token that
-    closes its text, or has `limit` tokens. The closing token is the first of the next piece, so it
-    is not fed here.
+def decode_text(state: State, skeleton_ids: list, closing_ids: list, limit: int) -> list:
+    """Feeds a piece of skeleton, then decodes greedily until every answer has chosen a token that
+    closes its text, or has `limit` tokens. The closing token is not fed: the next piece of skeleton
+    stands in its place.
 
     Returns the token ids of each text. The shorter ones stand in the cache with padding behind.
     """
+    closing = state.mask.new_tensor(closing_ids)
     is_open = torch.ones_like(state.mask[:, :1])  # (B, 1), 0 where the text has ended
     if skeleton_ids:
-        ids = torch.tensor(skeleton_ids, device=is_open.device).repeat(len(is_open), 1)  # (B, n)
+        ids = is_open.new_tensor(skeleton_ids).repeat(len(is_open), 1)  # (B, n)
         state.feed(ids, torch.ones_like(ids))
 
     columns = [is_open[:, :0]]  # (B, 0), for texts may be empty
     for _ in range(limit):
         ids = state.model.lm_head(state.last).argmax(dim=-1)  # (B, 1)
-        is_open = is_open & (ids != closing_id)
+        is_open = is_open & ~torch.isin(ids, closing)
         if not is_open.any():
             break
         columns.append(ids)
         state.feed(ids, is_open)  # behind an ended text this is padding
     rows = torch.cat(columns, dim=1).tolist()  # B lists, each up to its closing token
-    return [list(takewhile(lambda token: token != closing_id, row)) for row in rows]
+    return [list(takewhile(lambda token: token not in closing_ids, row)) for row in rows]
 
 def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
     """Decides the coefficients by fixed-point passes (Jacobi decoding, arXiv 2402.02057).
@@ -245,21 +246,23 @@ def decode_forced(predictor: "Predictor", inputs: dict, supervision: str) -> tup
         return tokenizer.encode(text, add_special_tokens=False)
 
     pieces = [(encode(text), slot) for text, slot in answer_skeleton(supervision)]
-    value_ids = torch.tensor([encode(value) for value in VALUES], device=predictor.model.device)
+    value_ids = inputs["input_ids"].new_tensor([encode(value) for value in VALUES])  # (11, L)
+    # A text within JSON ends at a quote, be it the next piece's or, in error, another one's.
+    quotes = [token for ids, _ in pieces for token in ids if '"' in tokenizer.decode(token)]
     state = prefill(predictor.model, inputs)
     written = [{} for _ in inputs["input_ids"]]  # {slot: text} of each answer
     for (skeleton_ids, slot), (next_ids, _) in zip(pieces, pieces[1:]):
         if slot in MAX_TOKENS:
-            texts = decode_text(state, skeleton_ids, next_ids[0], MAX_TOKENS[slot])
+            closing_ids = quotes if slot in FIELDS else next_ids[:1]
+            texts = decode_text(state, skeleton_ids, closing_ids, MAX_TOKENS[slot])
             for answer, ids in zip(written, texts):
-                text = tokenizer.decode(ids)
-                answer[slot] = unescape(text) if slot in FIELDS else text
+                answer[slot] = unescape(tokenizer.decode(ids))
         elif slot == ARKIT_NAMES[0]:  # all 52 numbers at once
             probabilities, choice = decode_numbers(state, pieces, value_ids)
 
-    if "text" in written[0]:
+    if supervision == "authors":
         written = [read_headings(answer["text"]) for answer in written]
-    return probabilities, choice, [words or None for words in written]
+    return probabilities, choice, written
 
 def unescape(text: str) -> str:
     """What a text within JSON stands for: \\" is a quote. As it is, if it is no JSON."""
@@ -271,7 +274,7 @@ def unescape(text: str) -> str:
 def summarize(probabilities: Tensor, choice: Tensor, estimate: str) -> tuple:
     """Mean, median or mode and standard deviation, each (B, C), of distributions (B, C, 11)."""
     values = torch.arange(len(VALUES), device=probabilities.device) / 10
-    mean = (probabilities @ values).clamp(0, 1)
+    mean = probabilities @ values
     std = (probabilities @ values ** 2 - mean ** 2).clamp(min=0).sqrt()
     if estimate == "mean":
         return mean, std
@@ -360,7 +363,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
             adapter = json.loads(adapter_file.read_text(encoding="utf-8"))
             updates = load_file(folder / "adapter_model.safetensors")
             source = base or adapter["base_model_name_or_path"]
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         # AutoProcessor would need torchvision for its video half. These two do all that is needed.
         predictor = Predictor(model.eval(), AutoTokenizer.from_pretrained(source),
                               Qwen2VLImageProcessorPil.from_pretrained(source), run["system"],
@@ -449,12 +452,14 @@ def predict(predictor: Predictor, images: list, estimate: str = "mean", numeric:
     size = {"shortest_edge": token_side ** 2, "longest_edge": predictor.max_pixels}  # pixel counts
     records, readable, pixels = [], [], []
     for source in images:
-        is_open = isinstance(source, Image.Image)
         record = dict.fromkeys(("image", "coefficients", "std", "description", "error"))
-        record["image"] = None if is_open else str(source)
         records.append(record)
         try:
-            picture = source.convert("RGB") if is_open else open_image(source)
+            if isinstance(source, Image.Image):
+                picture = source.convert("RGB")
+            else:
+                record["image"] = str(source)
+                picture = open_image(source)
             pixels.append(processor([picture], size=size, return_tensors="pt"))
             readable.append(record)
         except Exception as error:  # Pillow's readers raise a dozen types on damaged files
@@ -477,7 +482,7 @@ def predict(predictor: Predictor, images: list, estimate: str = "mean", numeric:
     for record, row, std, words in zip(readable, values.tolist(), stds.tolist(), descriptions):
         record["coefficients"] = {name: round(x, 4) for name, x in zip(ARKIT_NAMES, row)}
         record["std"] = {name: round(x, 4) for name, x in zip(ARKIT_NAMES, std)}
-        record["description"] = words
+        record["description"] = words or None
     return records
 
 def generate(predictor: Predictor, inputs: dict) -> list:
