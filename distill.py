@@ -126,7 +126,8 @@ def parse_args(argv=None) -> Namespace:
 #   {"analysis": {"expression_category": "slight happiness", ..., "symmetry": "symmetric"},
 #   "arkit": {"eyeBlinkLeft": 0.1, "eyeLookDownLeft": 0.0, ..., "tongueOut": 0.0}}<|im_end|>
 
-# The next three functions stand in infer.py too, check_coefficients in evaluate.py, word for word.
+# prompt_text and open_image stand word for word in infer.py, check_coefficients in evaluate.py.
+# infer.py's answer_skeleton knows the authors' form, too.
 def prompt_text(prompt: str, image_tokens: int) -> str:
     """The Qwen-VL chat up to the answer, with the image's placeholder tokens written by hand."""
     image = "<|vision_start|>" + "<|image_pad|>" * image_tokens + "<|vision_end|>"
@@ -171,6 +172,7 @@ class FaceDataset:
         ids, types = [], []
         for skeleton_ids, slot in self.skeleton:
             if slot in FIELDS:
+                # Without its quotes, which belong to the skeleton.
                 text = json.dumps(record["description"][slot], ensure_ascii=False)[1:-1]
                 slot_ids, slot_type = self.encode(text), TEXT
             elif slot in ARKIT_NAMES:
@@ -280,25 +282,25 @@ def cross_entropy(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 
     supervised = labels != IGNORE_INDEX
     hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N,)
-    count = max(1, LOSS_LOGITS // model.config.text_config.vocab_size)
-    if len(labels) <= count:
+    at_once = max(1, LOSS_LOGITS // model.config.text_config.vocab_size)  # tokens
+    if len(labels) <= at_once:
         return part_sum(hidden, labels)
 
     # With a large vocabulary, a part of the logits at a time, made again in the backward pass.
     nats = 0.0
-    for part in zip(hidden.split(count), labels.split(count)):
+    for part in zip(hidden.split(at_once), labels.split(at_once)):
         nats = nats + checkpoint(part_sum, *part, use_reentrant=False)
     return nats
 
 def squared_error(model: nn.Module, hidden: Tensor, batch: dict, value_ids: Tensor) -> Tensor:
     """Squared error of the coefficients' expected values, summed (regression-aware fine-tuning).
 
-    `hidden` (B, T, D) predicts the tokens that follow. `value_ids` (11, L) are the tokens of 0.0,
+    `hidden` (B, T-1, D) predicts the tokens that follow. `value_ids` (11, L) are the tokens of 0.0,
     0.1 and so on. Where digits are split (L = 3) the options are the tenths behind "0.", and 1.0 is
     left to cross-entropy.
     """
     target = batch["coefficients"]  # (B, C)
-    is_number = batch["slot_types"][:, 1:] == NUMBER  # (B, T), as long as hidden
+    is_number = batch["slot_types"][:, 1:] == NUMBER  # (B, T-1), as long as hidden
     states = hidden[is_number].view(*target.shape, -1, hidden.shape[-1])  # (B, C, L, D)
     last = states[:, :, -1]  # (B, C, D): predicts the last token of a number
 
@@ -368,8 +370,9 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-        # Fetch the batches and count what all processes supervise. Every loss is divided by that
-        # count, so losses and gradients are summed over passes and processes, never averaged.
+        # Fetch the batches and count what all processes supervise, before corrupt() takes some of
+        # it away. Every loss is divided by that count, so losses and gradients are summed over
+        # passes and processes, never averaged.
         step_batches = list(islice(batches, args.grad_accum))
         supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in step_batches)
         supervised = supervised.to(args.device)
@@ -390,7 +393,8 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
         sum_over_processes([loss, *(p.grad for p in trained)])
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise SystemExit(f"the loss is no number at step {step}; choose a lower --lr")
+            raise SystemExit(f"the loss is no number at step {step}; start anew with a lower --lr "
+                             "and another --out")
 
         # The update.
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -420,7 +424,7 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
 
 @torch.no_grad()
 def validate(model: nn.Module, val_set: FaceDataset, args: Namespace) -> float:
-    """Cross-entropy in nats a token behind the true beginning: it only watches over the run."""
+    """Teacher-forced cross-entropy in nats a token, which only watches over the run."""
     model.eval()
     nats, count = 0.0, 0
     for indices in torch.arange(len(val_set)).split(args.batch_size):
@@ -546,8 +550,10 @@ def load_pretrained(args: Namespace) -> tuple:
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha)
     if args.checkpointing:
-        # The re-entrant form would find no input that requires a gradient and train nothing.
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
+        # The library makes embedded inputs require a gradient, Qwen2.5-VL's patches among them, for
+        # which every backward pass would go through the frozen vision encoder, in vain.
+        model.disable_input_require_grads()
     if args.compile:
         torch._dynamo.config.suppress_errors = True  # without a C compiler, warn and go on
         for layer in model.model.language_model.layers:
@@ -576,7 +582,7 @@ def resolve_settings(args: Namespace) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    # Numbers are positive. These may also be 0.
+    # Numbers have to be positive. These may also be 0, and none is negative.
     may_be_zero = ("lora_rank", "expectation_weight", "seed", "rank")
     for name, value in vars(args).items():
         if type(value) in (int, float) and value <= 0 and (value or name not in may_be_zero):
@@ -591,12 +597,13 @@ def resolve_settings(args: Namespace) -> None:
 # ---- The demo's tiny model: skip this with a real one --------------------------------------------
 # It has no pretraining, so it gets a tokenizer of its own, an optimizer that learns in fewer steps,
 # and answers in which words are hidden and sampled.
-# Shares of the tokens that are hidden, by slot type, at the first step and at the last.
+# Shares of the tokens that are hidden, at the first step and at the last: of the prompt, the
+# skeleton, texts and numbers.
 HIDDEN = torch.tensor([[0.0, 0.0, 0.4, 1.0], [0.0, 0.0, 0.2, 0.1]])
 CANDIDATES = 10  # words are sampled among so many
 TEMPERATURE = 1.5  # of sampled words, so that they err as the model's own do at inference
 BLOCK_ROWS = 96  # that Muon makes orthogonal at a time, a divisor of every matrix' rows
-BATCH_STRIDE = 1009  # between the seeds of two batches, so that runs of seeds below share none
+BATCH_STRIDE = 1009  # between the seeds of two batches. Runs with a --seed below it share none
 # Qwen-VL's special tokens, and what its settings call their ids.
 SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id",
            "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id"}
@@ -629,7 +636,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", *SPECIAL])
 
-    phrases = Counter()
+    phrases = Counter()  # words, with the comma, point or semicolon before and the colon behind
     for text in texts:
         phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", text))
     pieces = [PROMPT, "user\n", "assistant\n", *VALUES]
@@ -682,10 +689,12 @@ class Muon(torch.optim.Optimizer):
         params = group["params"]
         rows = torch.cat([p.grad.flatten(1) for p in params])  # (all rows, width)
         grad = rows.unflatten(0, (-1, BLOCK_ROWS))  # (blocks, BLOCK_ROWS, width)
+        # One momentum for all of them, kept with the first.
         momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
         momentum.lerp_(grad, 0.05)
         # Nesterov's momentum mixes the gradient in once more.
         update = orthogonalize(grad.lerp(momentum, 0.95))
+        # An orthogonal matrix times this has a root mean square of 0.2, as AdamW's updates do.
         size = 0.2 * math.sqrt(max(update.shape[1:]))
 
         lr = group["lr"]
@@ -701,7 +710,7 @@ def tiny_optimizers(model: nn.Module) -> list:
             matrices.setdefault(p[0].numel(), []).append(p)
         else:
             others.append(p)
-    defaults = {"lr": 0.0}  # of the optimizer: the loop sets it at every step
+    defaults = {"lr": 0.0}  # the loop sets it at every step
     return [make_adamw(others), *(Muon(alike, defaults) for alike in matrices.values())]
 
 @torch.no_grad()
@@ -726,7 +735,8 @@ def corrupt(model: nn.Module, batch: dict, index: int, pad_id: int, args: Namesp
     if index % 2 == 0:
         return {**batch, "input_ids": input_ids}
 
-    # What the model says in place of each word before the first number, behind the true words.
+    # What the model says in place of each word before the first number, all in one pass: behind the
+    # true words, as far as they are not hidden.
     is_before = (types == NUMBER).cumsum(dim=1) == 0  # (B, T)
     is_word = is_before & (types == TEXT)
     n = int(is_before.sum(dim=1).max())  # the longest such part. Of shorter ones the rest is unused
@@ -764,7 +774,7 @@ def main(args: Namespace) -> None:
     # Data, model and optimizers.
     records, val_records = prepare_records(args)
     if args.epochs:
-        batches = args.epochs * len(records) / (args.batch_size * args.world_size)
+        batches = args.epochs * len(records) / (args.batch_size * args.world_size)  # a process
         args.steps, args.epochs = math.ceil(batches / args.grad_accum), None
     if args.model == "tiny":
         model, tokenizer, image_processor = build_tiny(records)
@@ -791,14 +801,15 @@ def main(args: Namespace) -> None:
         if on_gpu:
             print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         print(f"wrote {args.out} after {(time.time() - began) / 60:.1f} minutes")
-        print(f"next: python infer.py --model {args.out}")
+        print(f"next: python infer.py --model {args.out} [PICTURES, not the demo's]")
 
 if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
     except torch.OutOfMemoryError:
-        raise SystemExit("out of GPU memory; lower --batch-size (and raise --grad-accum for it)")
+        raise SystemExit("out of GPU memory; start anew with a lower --batch-size (and, for it, a "
+                         "higher --grad-accum) and another --out")
     except KeyboardInterrupt:
         if not Path(arguments.out, "state.pt").is_file():
             raise SystemExit("interrupted before the first save; run the same command again")
