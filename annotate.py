@@ -293,7 +293,7 @@ def describe_by_llm(records: list[dict], args: argparse.Namespace) -> Iterator[t
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.llm, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(args.device).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what is damaged surfaces as one of a dozen types
         raise SystemExit(f"--llm {args.llm} cannot be loaded: {str(error):.300}".partition("\n")[0])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for start in range(0, len(records), args.batch_size):
@@ -447,7 +447,8 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
         for record, (description, annotator) in bar:
             record = {**record, "description": description, "annotator": annotator}
             if record["image"]:
-                image = os.path.relpath(record["image"], path.parent.resolve())
+                # Links are followed: behind one, ".." would lead elsewhere.
+                image = os.path.relpath(os.path.realpath(record["image"]), path.parent.resolve())
                 record["image"] = image.replace(os.sep, "/")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
@@ -676,7 +677,7 @@ def draw_all(records: list[dict], images: Path, style: str = "cartoon") -> list[
         pictures = pool.map(draw_face, faces, people, repeat(64), repeat(style), chunksize=64)
         bar = tqdm(zip(records, pictures), "drawing", len(records), disable=None)
         for index, (record, picture) in enumerate(bar):
-            path = images.absolute() / f"{index:06d}.png"
+            path = images / f"{index:06d}.png"
             picture.save(path)
             drawn.append({**record, "image": str(path)})
     return drawn
@@ -755,11 +756,11 @@ def make_demo(folder: Path, args: argparse.Namespace) -> None:
 # ---- The stage itself ----------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> None:
     """Draws the demo, or describes the records of every INPUT."""
-    least = {"every": 1, "batch_size": 1, "limit": 1, "seed": 0, "demo": 240}  # 240: 12 people
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least "
-                             f"{value}")
+    # 240 faces are of 12 people, one of them for validation.
+    for name, least in {"demo": 240, "every": 1, "batch_size": 1, "limit": 1, "seed": 0}.items():
+        value = getattr(args, name)
+        if value < least:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     if args.frames and len(args.inputs) != 1:
         raise SystemExit(f"--frames {args.frames} belongs to one INPUT; annotate one after another")
     if not args.inputs:
@@ -778,9 +779,9 @@ def main(args: argparse.Namespace) -> None:
         out = out / "records.jsonl"
     used = {path.resolve() for path in inputs}
     used |= {Path(record["image"]).resolve().parent for record in records if record["image"]}
-    if used & {out.resolve(), images.resolve()}:
-        raise SystemExit(f"--out {args.out} is an INPUT or holds the pictures of one, which would "
-                         "be overwritten; choose another")
+    if out.is_dir() or used & {out.resolve(), images.resolve()}:
+        raise SystemExit(f"--out {out} is a folder, an INPUT or holds the pictures of one, which "
+                         "would be overwritten; choose another")
 
     if args.render:
         records = draw_all(records, images)
@@ -793,5 +794,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise SystemExit("out of GPU memory; lower --batch-size, then --resume goes on")
     except KeyboardInterrupt:
         raise SystemExit("interrupted; with --llm, --resume goes on, else start again")

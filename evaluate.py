@@ -76,7 +76,7 @@ def metrics(predicted: ndarray, true: ndarray) -> dict:
     """Compares two arrays (N, C) of coefficients, 0 to 1. C is 52 or a part of them.
 
     mae, rmse: mean absolute and root mean squared error
-    f1: of "active", which is 0.15 or more
+    f1: of "active", which is 0.15 or more. 0 where nothing is, even if that is right
     pearson_median, pearson_mean, pearson_above_0.8 (how many), ccc (the mean): of the coefficients
         whose truth varies, see correlations(). Where none does, these are left out
     constant: how many do not vary
@@ -265,10 +265,10 @@ def read_rig(folder: Path) -> tuple:
         raise SystemExit(f"--rig {folder}: Neutral.obj is {height:.3g} high; expected a face, y "
                          "up, in mm, cm or m")
 
-    # Lips are what a lip shape moves by half of its largest displacement or more.
+    # Lips are what a lip shape moves by more than half of its largest displacement.
     moved = np.linalg.norm(deltas[LIP_SHAPES], axis=2)  # (4, V)
     farthest = moved.max(axis=1, keepdims=True)  # (4, 1)
-    is_lip = (moved >= farthest / 2).any(axis=0)  # (V,)
+    is_lip = (moved > farthest / 2).any(axis=0)  # (V,)
     return deltas, is_lip
 
 def vertex_errors(predicted: ndarray, true: ndarray, rig: tuple) -> dict:
@@ -279,13 +279,13 @@ def vertex_errors(predicted: ndarray, true: ndarray, rig: tuple) -> dict:
         whose code squares it)
     """
     deltas, is_lip = rig
-    mean, lip = [], []
+    means, lips = [], []
     for error in predicted - true:  # (C,)
         displacement = np.tensordot(error, deltas, axes=1)  # (V, 3)
         distance = np.linalg.norm(displacement, axis=1)  # (V,)
-        mean.append(distance.mean())
-        lip.append(distance[is_lip].max())
-    return {"vertex_mm": np.mean(mean).item(), "lip_mm": np.mean(lip).item()}
+        means.append(distance.mean())
+        lips.append(distance[is_lip].max())
+    return {"vertex_mm": np.mean(means).item(), "lip_mm": np.mean(lips).item()}
 
 # ---- Reading and matching ------------------------------------------------------------------------
 # check_coefficients stands word for word in distill.py: scripts share no code.
@@ -510,4 +510,7 @@ def main(args: Namespace) -> None:
     print(f"next: python annotate.py {files[0]} --render --out avatars")
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except IsADirectoryError as error:
+        raise SystemExit(f"{error.filename} is a folder; --out and --plot name a file each")

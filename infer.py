@@ -64,7 +64,7 @@ IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pi
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]  # the last columns of a Live Link take
-MAX_TOKENS = {"text": 600, **dict.fromkeys(FIELDS, 150)}  # of each text slot
+MAX_TOKENS = {"text": 600, **dict.fromkeys(FIELDS, 150)}  # of each slot of words
 MAX_NEW_TOKENS = 2048  # of a free answer
 AUTHORS_PIXELS = 1024 * 32 * 32  # at most, for a checkpoint trained elsewhere: 1024 image tokens
 BAR, INK = "#0072b2", "#282828"
@@ -80,7 +80,7 @@ def parse_args(argv=None) -> Namespace:
     add("--prompt", default="", help="for a checkpoint trained elsewhere: a text file, [system "
         "prompt, ---,] prompt, or a .jsonl with messages")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
-    add("--csv", help="also write a Live Link Face take, one row for each picture in order")
+    add("--csv", help="also write a Live Link Face take, a row for each picture that can be used")
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
     add("--plot", help="also draw a chart of each picture into this folder")
     add("--decode", choices=["forced", "generate"], default="forced",
@@ -127,7 +127,7 @@ class State:
     model: nn.Module
     cache: DynamicCache  # keys and values of all tokens so far
     mask: Tensor  # (B, T), 0 where a token is padding
-    offset: Tensor  # (B, 1), added to positions, of which an image takes fewer than tokens
+    offset: Tensor  # (B, 1), added to positions: an image takes up fewer of them than tokens
     last: Tensor  # (B, 1, D), the last hidden states
 
     def feed(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
     while True:
         before = hidden[:, places - 1]  # (B, C, L, D): position t - 1 predicts token t
         probabilities, choice = read_numbers(state.model.lm_head.weight, before, value_ids)
-        changed = (choice != guess).any(dim=0).nonzero()  # slots
+        changed = (choice != guess).any(dim=0).nonzero()  # (slots, 1), in any answer
         if not len(changed):
             return probabilities, choice
 
@@ -231,7 +231,7 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     is_one = whole.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
 
-    # Where "1" is chosen, the model has not been asked for the tenths behind "0.". The share of "0"
+    # Where "1" is chosen, the model has not been asked for the tenths behind "0.". All that "0" has
     # then counts as 0.9, its value next to 1.0.
     tenths, whole = tenths.softmax(dim=-1), whole.softmax(dim=-1)
     tenths[is_one] = torch.eye(10, device=tenths.device)[9]  # all on 0.9
@@ -247,7 +247,8 @@ def decode_forced(predictor: "Predictor", inputs: dict, supervision: str) -> tup
 
     pieces = [(encode(text), slot) for text, slot in answer_skeleton(supervision)]
     value_ids = inputs["input_ids"].new_tensor([encode(value) for value in VALUES])  # (11, L)
-    # A text within JSON ends at a quote, be it the next piece's or, in error, another one's.
+    # A text within JSON ends at a quote, be it the next piece's or, in error, another one's. Only
+    # the skeleton's tokens are meant: an escaped quote is part of the text.
     quotes = [token for ids, _ in pieces for token in ids if '"' in tokenizer.decode(token)]
     state = prefill(predictor.model, inputs)
     written = [{} for _ in inputs["input_ids"]]  # {slot: text} of each answer
@@ -257,7 +258,7 @@ def decode_forced(predictor: "Predictor", inputs: dict, supervision: str) -> tup
             texts = decode_text(state, skeleton_ids, closing_ids, MAX_TOKENS[slot])
             for answer, ids in zip(written, texts):
                 answer[slot] = unescape(tokenizer.decode(ids))
-        elif slot == ARKIT_NAMES[0]:  # all 52 numbers at once
+        elif slot == ARKIT_NAMES[0]:  # here all 52 numbers, so the other 51 slots have no turn
             probabilities, choice = decode_numbers(state, pieces, value_ids)
 
     if supervision == "authors":
@@ -370,7 +371,8 @@ def load(model_dir: str, device: str = "cpu", dtype: str = "auto", prompt_file: 
                               run["prompt"], run["supervision"], run["max_pixels"])
     except Exception as error:  # a damaged file surfaces as one of a dozen types
         raise SystemExit(f"--model {model_dir} or its --prompt cannot be read ({error!r:.250}); "
-                         f"its weights were looked for in {source}, --base names another place")
+                         f"its weights were looked for in {source}, --base names another "
+                         "place for the base of an adapter (a folder with adapter_config.json)")
     if adapter_file.is_file():
         merge_adapter(model, adapter, updates)
     model.to(device)
@@ -407,7 +409,8 @@ def merge_adapter(model: nn.Module, config: dict, updates: dict) -> None:
         weight.copy_((weight.float() + scale * product).to(weight.dtype))
 
 # ---- Pictures -> predictions ---------------------------------------------------------------------
-# open_image and prompt_text stand word for word in distill.py, list_pictures in annotate.py.
+# open_image and prompt_text stand word for word in distill.py, list_pictures and whole_lines in
+# annotate.py.
 def open_image(path: str) -> Image.Image:
     """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
     image = ImageOps.exif_transpose(Image.open(path, formats=IMAGE_FORMATS))
@@ -572,7 +575,8 @@ def predict_all(predictor: Predictor, names: list, args: Namespace) -> dict:
     return records
 
 def write_livelink(path: Path, records: list[dict], fps: int) -> None:
-    """Writes a Live Link Face take: 61 columns, timecode HH:MM:SS:FF.mmm, gaps where one failed."""
+    """Writes a Live Link Face take: 61 values a row, timecode HH:MM:SS:FF.mmm, gaps for pictures
+    that could not be used."""
     zeros = ["0.0000000000"] * len(ANGLES)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -588,22 +592,22 @@ def write_livelink(path: Path, records: list[dict], fps: int) -> None:
 
 def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
     """Draws the photo, the description and bars of the strongest actions with their deviation."""
-    chart = Image.new("RGB", (1200, 675), "white")
+    chart = Image.new("RGB", (1200, 1080), "white")
     draw = ImageDraw.Draw(chart)
-    font = ImageFont.load_default(17)
+    font = ImageFont.load_default(16)
 
     # On the left the photo, below it the words.
-    photo = ImageOps.contain(picture, (440, 360), Image.Resampling.LANCZOS)
+    photo = ImageOps.contain(picture, (500, 360), Image.Resampling.LANCZOS)
     chart.paste(photo, (40, 40))
     words = (record["description"] or {}).values()
-    paragraphs = [textwrap.fill(str(text), 52) for text in words]
+    paragraphs = [textwrap.fill(str(text), 62) for text in words]
     draw.text((40, 60 + photo.height), "\n\n".join(paragraphs), INK, font, spacing=5)
 
     # On the right a bar for each of the strongest actions, 340 pixels from 0 to 1.
     stds = record["std"] or dict.fromkeys(ARKIT_NAMES, 0.0)
     strongest = sorted(record["coefficients"].items(), key=itemgetter(1), reverse=True)
-    for row, (name, value) in enumerate(strongest[:16]):
-        y = 60 + 36 * row
+    for row, (name, value) in enumerate(strongest[:24]):
+        y = 60 + 41 * row
         low, high = max(value - stds[name], 0), min(value + stds[name], 1)
         draw.text((748, y), name, INK, font, anchor="rm")
         draw.rectangle([760, y - 8, 760 + 340 * value, y + 8], BAR)
@@ -620,22 +624,25 @@ def main(args: Namespace) -> None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if min(args.batch_size, args.fps, args.limit) < 1:
         raise SystemExit("--batch-size, --fps and --limit: expected at least 1")
-    if os.path.realpath(args.out) in map(os.path.realpath, args.inputs):
-        raise SystemExit(f"--out {args.out} is an INPUT and would be overwritten; choose another")
+    out = Path(args.out)
+    if out.is_dir() or os.path.realpath(out) in map(os.path.realpath, args.inputs):
+        raise SystemExit(f"--out {out} is a folder or an INPUT, which would be overwritten; choose "
+                         "another")
     if args.decode == "generate" and (args.numeric or args.estimate != "mean"):
         raise SystemExit("--numeric and --estimate choose within --decode forced; leave them out")
     logging.disable_progress_bar()
 
     # A picture that comes twice, under whatever spelling, has one record, and a frame each time.
-    out, names, frames = Path(args.out), {}, []
+    # Links are followed: behind one, ".." would lead elsewhere.
+    frames = []
     for image in list_images(args.inputs)[:args.limit]:
-        name = os.path.relpath(image, out.parent.resolve()).replace(os.sep, "/")
-        frames.append(names.setdefault(os.path.realpath(image), name))
+        name = os.path.relpath(os.path.realpath(image), out.parent.resolve())
+        frames.append(name.replace(os.sep, "/"))
     predictor = load(args.model, args.device, args.dtype, args.prompt, args.base)
     if args.numeric and predictor.supervision not in ("numeric", "numbers-first"):
         raise SystemExit(f"--numeric: {args.model} writes a description first, without which its "
                          "numbers are wrong; leave it out")
-    records = predict_all(predictor, [*names.values()], args)
+    records = predict_all(predictor, [*dict.fromkeys(frames)], args)
     if not records:
         return  # another process reports
 
@@ -651,12 +658,14 @@ def main(args: Namespace) -> None:
             if not record["error"]:
                 chart = draw_chart(open_image(out.parent / name), record)
                 chart.save(Path(args.plot, f"{index:06d}_{Path(name).stem}.png"))
-    print("next: python evaluate.py", out)
+    print(f"next, where the truth is known: python evaluate.py {out} [TRUTH, not the demo's]")
 
 if __name__ == "__main__":
     try:
         main(parse_args())
     except torch.OutOfMemoryError:
         raise SystemExit("out of GPU memory; lower --batch-size, then --resume goes on")
+    except IsADirectoryError as error:
+        raise SystemExit(f"{error.filename} is a folder; --csv names a file")
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what is finished is kept, add --resume to go on")
