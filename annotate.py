@@ -60,7 +60,8 @@ ADVERBS = ["", "slightly", "moderately", "strongly"]
 # Of an emotion, by the level of its strongest action. The moderate one is named alone.
 DEGREES = ["", "slight ", "", "strong "]
 # What is said of each action, with an adverb for *. "name_" is the pair nameLeft and nameRight, of
-# which symmetry tells. "a/b" is a pair too, of left and right eye, but only of gaze.
+# which symmetry tells. "a/b" is one direction of gaze, by the left and by the right eye's action,
+# which symmetry leaves out.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp_": "outer brow * raised",
               "browDown_": "brow * lowered"},
@@ -86,7 +87,8 @@ MOVEMENTS = {
 }
 # What emotions imply, and their EMFACS action units (Friesen & Ekman 1983) in ARKit: 1 browInnerUp,
 # 2 browOuterUp, 4 browDown, 5 eyeWide, 6 cheekSquint, 7 eyeSquint, 9 noseSneer, 10 mouthUpperUp, 12
-# mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen.
+# mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen. The numbers
+# weigh each action in classify(), and are its strength where the demo draws the emotion.
 EMOTIONS = {
     "happiness": ("joy or amusement", {"cheekSquint_": 0.6, "mouthSmile_": 1.0}),
     "sadness": ("sorrow or disappointment",
@@ -145,8 +147,8 @@ def mirror(pattern: dict) -> dict:
 
 # Gaze and blinks tell of no emotion.
 EXPRESSIVE = [name for name in ARKIT_NAMES if not name.startswith(("eyeLook", "eyeBlink"))]
-# Each emotion, its prototype, and the names that have to be at rest. Contempt, the last of them, is
-# one-sided: once for the left, once for the right.
+# Each emotion, its prototype, and a pattern whose names have to be at rest. Contempt, the last of
+# them, is one-sided, and replaced by two: one for the left, one for the right.
 LEFT_CONTEMPT = EMOTIONS["contempt"][1]
 RIGHT_CONTEMPT = mirror(LEFT_CONTEMPT)
 PROTOTYPES = [(emotion, expand(pattern), {}) for emotion, (_, pattern) in EMOTIONS.items()]
@@ -156,7 +158,7 @@ PROTOTYPES.append(("contempt", RIGHT_CONTEMPT, LEFT_CONTEMPT))
 def classify(coefficients: dict) -> tuple[str, str]:
     """Expression category and emotional implication of 52 coefficients (0..1 by name).
 
-    By the cosine between the levels of the expressive ones and the prototype of each emotion.
+    By the cosine between the levels of the EXPRESSIVE actions and the prototype of each emotion.
     """
     levels = {name: bisect(BANDS, coefficients[name]) for name in EXPRESSIVE}
     if not any(levels.values()):
@@ -182,7 +184,8 @@ def classify(coefficients: dict) -> tuple[str, str]:
 
 def describe(coefficients: dict) -> dict:
     """Describes a face in four fields, from its 52 coefficients (0..1 by name). All fields follow
-    from the same levels, so none of them contradicts another or the numbers."""
+    from the same levels, so none of them contradicts another or the numbers. The symmetry is that
+    of pairs: a jaw or mouth that is shifted to a side, or a gaze, leaves a face symmetric."""
     levels = {name: bisect(BANDS, value) for name, value in coefficients.items()}
     sentences, uneven, mixed = [], [], []
     for region, actions in MOVEMENTS.items():
@@ -236,7 +239,8 @@ Coefficients: {active_text(EXAMPLE)}
 {json.dumps(EXAMPLE_WORDS)}
 Coefficients: """
 LLM_TOKENS = 120  # of one field at most
-LOOP = re.compile(r"(.{3,40}?)\1\1")  # a text that says the same three times: "eye-eye-eye-"
+# A text that says 3 to 40 characters three times in a row: "eye-eye-eye-".
+LOOP = re.compile(r"(.{3,40}?)\1\1")
 CLOSED = re.compile(r'(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')  # up to the closing quote
 
 def is_valid(words: dict, coefficients: dict) -> bool:
@@ -275,6 +279,7 @@ def ask_llm(model, tokenizer, faces: list[dict]) -> list[dict]:
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=LLM_TOKENS,
                                 stopping_criteria=[is_closed], pad_token_id=tokenizer.pad_token_id)
         for k, text in enumerate(tokenizer.batch_decode(tokens[:, start:])):
+            # A text without its quote goes on only to keep the batch whole: is_valid refuses it.
             closed = CLOSED.match(text)
             if closed:
                 words = json.loads('"' + closed[0], strict=False)
@@ -332,7 +337,8 @@ def canonical(name: str) -> str:
 
 def standardize(given: dict, counts: Counter) -> dict:
     """The 52 coefficients in order, by ARKit's names, clipped to 0..1 (real takes reach 1.053).
-    Raises ValueError if one is missing, unknown or no such number. Counts what it changes."""
+    Raises ValueError if one is missing, unknown or no such number. Counts clips of 0.01 or more and
+    missing tongues."""
     values = {canonical(name): value for name, value in given.items()}
     if "tongueOut" not in values:  # MediaPipe and others cannot see it
         values["tongueOut"] = 0.0
@@ -384,7 +390,7 @@ def face_of_take(row: dict) -> dict:
 def face_of_mediapipe(result: dict | list) -> dict:
     """The first face of one result of MediaPipe's Face Landmarker, which is {"faceBlendshapes":
     [{"categories": [...]}]} or one face's list of categories. It may have found no face."""
-    faces = [result] if result else []
+    faces = [result] if result else []  # a list is the categories of one face
     if isinstance(result, dict):
         if "faceBlendshapes" not in result:
             raise ValueError(f"no faceBlendshapes among {', '.join(result):.150}")
@@ -399,7 +405,8 @@ def face_of_mediapipe(result: dict | list) -> dict:
 FACE_OF = {".csv": face_of_take, ".json": face_of_mediapipe}  # any other file holds records
 
 def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Iterator[dict]:
-    """Yields every Nth record, its image by the path from here. SystemExit on a bad one."""
+    """Yields every Nth record, its image as a path from the working folder. SystemExit on a bad
+    one."""
     suffix = path.suffix.lower()
     where = "as a whole"
     try:
@@ -421,6 +428,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Itera
             if args.identity or suffix in FACE_OF:
                 record["identity"] = args.identity or path.stem
             image = frame or record["image"]
+            # An absolute path, as a frame's, stays as it is.
             record["image"] = image and os.path.join(path.parent, image)
             yield record
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
@@ -554,7 +562,8 @@ def draw_head(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
         pen.ellipse(x, 0.36, 0.13, 0.13, mix(look.skin, WHITE, 0.55 * c.cheekPuff))
 
 def by_side(left: float, right: float) -> np.ndarray:
-    """How strongly an action with these values on both sides is felt across the lips."""
+    """How strongly an action with these values on both sides is felt at each point across the lips,
+    (15,): less and less over the middle third."""
     return np.minimum(1, 3 * abs(ACROSS_LIPS)) * np.where(ACROSS_LIPS > 0, left, right)
 
 def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
@@ -606,7 +615,8 @@ def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) ->
     c = SimpleNamespace(**{name.removesuffix(suffix): value for name, value in vars(c).items()})
     shade = partial(mix, look.skin, DARK)  # of an amount from 0 to 1
     t, arch = ACROSS_EYE, 1 - ACROSS_EYE ** 2
-    # The eyeball and its iris between the edges of the lids, which hide a part of the iris.
+    # The eyeball and its iris between the edges of the lids, whose skin hides a part of the iris.
+    # Open, the upper edge is 1 to 1.75 heights above the middle, closed it is 0.7 below.
     eye_x, eye_y, height = side * look.gap, -0.17, 0.105 * look.eye
     x = eye_x + 0.2 * look.eye * t
     upper = eye_y + height * (0.7 * c.eyeBlink - (1 + 0.75 * c.eyeWide) * (1 - c.eyeBlink)) * arch
@@ -682,7 +692,7 @@ def draw_all(records: list[dict], images: Path, style: str = "cartoon") -> list[
             drawn.append({**record, "image": str(path)})
     return drawn
 
-# Movements of the demo that are no emotion, as a blink, a wink, speech or chewing.
+# Movements of the demo that are no emotion, as none, a blink, a wink, speech or chewing.
 GESTURES = [
     {}, {"eyeBlink_": 1.0}, {"eyeBlinkLeft": 1.0, "cheekSquintLeft": 0.5, "mouthSmileLeft": 0.4},
     {"mouthPucker": 0.9}, {"mouthFunnel": 0.9, "jawOpen": 0.3},
@@ -741,7 +751,7 @@ def make_demo(folder: Path, args: argparse.Namespace) -> None:
     in training, and shift.jsonl with the faces of val.jsonl in another drawing style."""
     records = []
     for index in range(args.demo):
-        person = args.seed * 10_000 + index // 20  # whose name fixes the looks
+        person = args.seed * 10_000 + index // 20  # each seed has people of its own
         coefficients = sample_expression(np.random.default_rng([args.seed, index]))
         records.append({"identity": f"id{person:03d}", "coefficients": coefficients})
     people = args.demo // 20

@@ -13,7 +13,7 @@ Writes: a table, every number of it in a .json file, with --plot one picture
 
     python evaluate.py predictions.jsonl data/demo/val.jsonl --plot metrics.png
 
-Shapes: N images, C = 52 coefficients, G groups, R resamplings, V vertices.
+Shapes: N images, C = 52 coefficients, G groups, R resamplings, K columns, V vertices.
 """
 import json
 import os
@@ -64,7 +64,8 @@ def parse_args(argv=None) -> Namespace:
     add("files", nargs="*", metavar="FILE", help="predictions, one file or several to compare, "
         "then the truth (default: predictions.jsonl data/demo/val.jsonl)")
     add("--train", help="records for the mean baseline (default: train.jsonl beside the truth)")
-    add("--by", help="also by the values of this field of the truth, such as identity")
+    add("--by", help="also by the values of this field of the truth, such as identity; None is "
+        "the row of records without it")
     add("--rig", help="folder of Neutral.obj and an OBJ file a shape: adds errors in millimetres")
     add("--plot", help="also draw the results into this picture (.png)")
     add("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
@@ -107,7 +108,8 @@ def correlations(predicted: ndarray, true: ndarray) -> tuple:
     """Pearson's r and the concordance correlation (CCC), each (C,), of the columns of two arrays
     (N, C). NaN where the truth does not vary.
 
-    r = s_xy / (s_x s_y), CCC = 2 s_xy / (s_x^2 + s_y^2 + (m_x - m_y)^2) (Lin 1989).
+    r = s_xy / (s_x s_y), CCC = 2 s_xy / (s_x^2 + s_y^2 + (m_x - m_y)^2) (Lin 1989), where x is
+    predicted, y is true, s_xy their covariance, s a deviation and m a mean.
     """
     mean_x, mean_y = predicted.mean(axis=0), true.mean(axis=0)  # (C,)
     x = predicted - mean_x  # (N, C)
@@ -146,6 +148,7 @@ def spearman(a: ndarray, b: ndarray) -> float:
     ranks = []
     for values in (a, b):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        # Of equal values cumsum is the last rank, from which it is half way back to the mean.
         mean_ranks = counts.cumsum() - (counts - 1) / 2  # of each distinct value
         ranks.append(mean_ranks[inverse])
     if min(map(np.ptp, ranks)) == 0:
@@ -305,7 +308,7 @@ def to_array(coefficients: dict) -> ndarray:
 
 def read_records(path: Path) -> list[dict]:
     """Records with the real path of their image and, without "error", arrays (C,) of coefficients
-    and std. SystemExit names a line that cannot be used."""
+    and, if there is one, std. SystemExit names a line that cannot be used."""
     records, number = [], 0
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
@@ -441,7 +444,7 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
     chart = Image.new("RGB", (1780, 1180), "white")
     draw = ImageDraw.Draw(chart)
     small, large = ImageFont.load_default(15), ImageFont.load_default(24)
-    draw.text((30, 20), "RMSE by coefficient (line: baseline), Pearson r", INK, large)
+    draw.text((30, 20), "RMSE by coefficient (line: baseline), Pearson r (0: none)", INK, large)
     draw.text((800, 20), "Predicted against true, the nine most active", INK, large)
 
     # A row for each coefficient: a bar up to its error, a line at the baseline's, and its r.
@@ -457,7 +460,7 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
         draw.text((690, y), f"{values['pearson'] or 0:.2f}", INK, small, anchor="rm")
 
     # A panel for each of the most active: a dot a picture, on the diagonal if it is right.
-    some = slice(None, None, len(true) // 600 + 1)
+    thinned = slice(None, None, len(true) // 600 + 1)  # to 600 dots a panel at most
     most_active = np.argsort(-true.mean(axis=0))[:9]
     for panel, k in enumerate(most_active):
         left = 800 + 330 * (panel % 3)
@@ -467,8 +470,8 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
         draw.line([left, bottom, right, top], GREY)
         draw.text((left + 150, bottom + 18), ARKIT_NAMES[k], INK, small, anchor="mm")
 
-        x = left + 300 * true[some, k]  # (dots,)
-        y = bottom - 300 * predicted[some, k]
+        x = left + 300 * true[thinned, k]  # (dots,)
+        y = bottom - 300 * predicted[thinned, k]
         for box in np.stack([x - 2, y - 2, x + 2, y + 2], axis=1).tolist():
             draw.ellipse(box, BLUE)
     return chart
@@ -477,7 +480,7 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
 def main(args: Namespace) -> None:
     """Runs the stage: reads, matches, compares, reports, writes."""
     defaults = ["predictions.jsonl", "data/demo/val.jsonl"]
-    # What is not named is the demo's.
+    # What is not named is the demo's: with one FILE, the truth.
     *files, truth_file = args.files + defaults[len(args.files):]
     rig = read_rig(Path(args.rig)) if args.rig else None
     runs = {file: by_image(file) for file in files}
