@@ -801,7 +801,7 @@ def main(args: Namespace) -> None:
         if on_gpu:
             print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         print(f"wrote {args.out} after {(time.time() - began) / 60:.1f} minutes")
-        print(f"next: python infer.py --model {args.out} [PICTURES, not the demo's]")
+        print(f"next: python infer.py --model {args.out} [PICTURES, if not the demo's]")
 
 if __name__ == "__main__":
     arguments = parse_args()

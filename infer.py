@@ -658,7 +658,7 @@ def main(args: Namespace) -> None:
             if not record["error"]:
                 chart = draw_chart(open_image(out.parent / name), record)
                 chart.save(Path(args.plot, f"{index:06d}_{Path(name).stem}.png"))
-    print(f"next, where the truth is known: python evaluate.py {out} [TRUTH, not the demo's]")
+    print(f"next, where the truth is known: python evaluate.py {out} [TRUTH, if not the demo's]")
 
 if __name__ == "__main__":
     try:
