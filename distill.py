@@ -694,8 +694,8 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(grad, 0.05)
         # Nesterov's momentum mixes the gradient in once more.
         update = orthogonalize(grad.lerp(momentum, 0.95))
-        # An orthogonal matrix times this has a root mean square of 0.2, as AdamW's updates do.
-        size = 0.2 * math.sqrt(max(update.shape[1:]))
+        # Orthogonal rows times this have a root mean square of 0.2, as AdamW's updates do.
+        size = 0.2 * math.sqrt(update.shape[2])
 
         lr = group["lr"]
         parts = update.flatten(0, 1).split([len(p) for p in params])  # (out, width) each

@@ -686,7 +686,7 @@ distill.save_state = save_and_die
 distill.main(distill.parse_args(sys.argv[1:]))
 """
 
-def test_the_log_tells_the_loss_of_all_tokens_and_numbers(demo, tmp_path, monkeypatch):
+def test_the_log_tells_the_loss_of_all_tokens_and_numbers(demo, tmp_path, monkeypatch, capsys):
     """Of the first step, before any update: 4 passes of 2 faces each in two steps, of which 100 steps make a line."""
     clip, untouched = Mock(wraps=torch.nn.utils.clip_grad_norm_), Mock(side_effect=lambda model, batch, *more: batch)
     monkeypatch.setattr(distill.nn.utils, "clip_grad_norm_", clip)
@@ -699,6 +699,7 @@ def test_the_log_tells_the_loss_of_all_tokens_and_numbers(demo, tmp_path, monkey
     assert {call.args[1] for call in clip.call_args_list} == {1.0}
     assert [call.args[2] for call in save.call_args_list] == [2, 3]
     line = read_jsonl(tmp_path / "new" / "run" / "log.jsonl")[0]
+    assert f"step 2, loss {line['loss']:.4g}, lr" in capsys.readouterr().out
 
     model, dataset = make_dataset(demo, "semantic")
     args = distill.parse_args(["--steps", "3", "--batch-size", "2", "--grad-accum", "2", "--out", "nowhere"])
