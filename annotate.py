@@ -808,5 +808,7 @@ if __name__ == "__main__":
         if "out of memory" not in str(error):
             raise
         raise SystemExit("out of GPU memory; lower --batch-size, then --resume goes on")
+    except OSError as error:  # a folder in place of a file, no right to write, a full disk
+        raise SystemExit(f"{error}; name another file or folder")
     except KeyboardInterrupt:
         raise SystemExit("interrupted; with --llm, --resume goes on, else start again")

@@ -810,6 +810,8 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         raise SystemExit("out of GPU memory; start anew with a lower --batch-size (and, for it, a "
                          "higher --grad-accum) and another --out")
+    except OSError as error:  # a folder in place of a file, no right to write, a full disk
+        raise SystemExit(f"{error}; name another file or folder")
     except KeyboardInterrupt:
         if not Path(arguments.out, "state.pt").is_file():
             raise SystemExit("interrupted before the first save; run the same command again")

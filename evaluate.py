@@ -515,5 +515,5 @@ def main(args: Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except IsADirectoryError as error:
-        raise SystemExit(f"{error.filename} is a folder; --out and --plot name a file each")
+    except OSError as error:  # a folder in place of a file, no right to write, a full disk
+        raise SystemExit(f"{error}; name another file or folder")

@@ -665,7 +665,7 @@ if __name__ == "__main__":
         main(parse_args())
     except torch.OutOfMemoryError:
         raise SystemExit("out of GPU memory; lower --batch-size, then --resume goes on")
-    except IsADirectoryError as error:
-        raise SystemExit(f"{error.filename} is a folder; --csv names a file")
+    except OSError as error:  # a folder in place of a file, no right to write, a full disk
+        raise SystemExit(f"{error}; name another file or folder")
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what is finished is kept, add --resume to go on")

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -1456,6 +1457,20 @@ def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
     if module is distill and "--data" not in flags:
         flags = ["--out", demo / "unused", *flags, "--data", demo / "train.jsonl"]
     assert_refused(message, module, *flags)
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("evaluate", ["V", "V", "--plot", "folder"], "Is a directory: 'folder'"), ("evaluate", ["V", "V", "--out", "file/m.json"], "file"),
+    ("annotate", ["V", "--out", "file/a.jsonl"], "file"), ("distill", ["--data", "V", "--out", "file"], "File exists: 'file'"),
+    ("infer", ["V", "--limit", "1", "--model", "M", "--csv", "folder"], "Is a directory: 'folder'")])
+def test_outputs_that_cannot_be_written_are_explained(script, flags, message, trained, demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    names = {"V": demo / "val.jsonl", "M": trained}
+    monkeypatch.setattr(sys, "argv", [script, *(str(names.get(flag, flag)) for flag in flags)])
+    with pytest.raises(SystemExit, match=message) as error:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert "\n" not in str(error.value)
 
 @pytest.mark.parametrize("change, message", [
     (lambda lines: [line.replace(",", ";") for line in lines], "header that was found, .*Timecode;BlendshapeCount"),
