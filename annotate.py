@@ -798,7 +798,9 @@ def main(args: argparse.Namespace) -> None:
     write_records(out, records, args)
     for what, count in counts.items():
         print(f"{count} {what}")
-    if not args.render and all(record["image"] for record in records):
+    if not all(record["image"] for record in records):
+        print("to train on these, give their pictures with --frames")
+    elif not args.render:
         print(f"next: python distill.py --data {out}")
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def cross_entropy(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 
     supervised = labels != IGNORE_INDEX
     hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N,)
-    at_once = max(1, LOSS_LOGITS // model.config.text_config.vocab_size)  # tokens
+    at_once = LOSS_LOGITS // model.config.text_config.vocab_size  # tokens
     if len(labels) <= at_once:
         return part_sum(hidden, labels)
 
@@ -503,7 +503,7 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
                     continue
                 record = json.loads(line)
                 check_coefficients(record["coefficients"])
-                record["image"] = str(path.parent / record["image"])
+                record["image"] = str(path.parent / str(record["image"]))
                 if not Path(record["image"]).is_file():
                     raise ValueError(f"there is no picture {record['image']}")
                 if "analysis" in PARTS[supervision]:
@@ -585,7 +585,8 @@ def resolve_settings(args: Namespace) -> None:
     # Numbers have to be positive. These may also be 0, and none is negative.
     may_be_zero = ("lora_rank", "expectation_weight", "seed", "rank")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and value <= 0 and (value or name not in may_be_zero):
+        # NaN is not larger than 0 either.
+        if type(value) in (int, float) and not value > 0 and (value or name not in may_be_zero):
             raise SystemExit(f"--{name.replace('_', '-')} {value}: expected a larger number")
     if is_tiny and args.lora_rank:
         raise SystemExit("--lora-rank needs a pretrained --model; tiny trains all its weights")
@@ -742,11 +743,13 @@ def corrupt(model: nn.Module, batch: dict, index: int, pad_id: int, args: Namesp
     n = int(is_before.sum(dim=1).max())  # the longest such part. Of shorter ones the rest is unused
     # Position t predicts token t + 1.
     hidden = hidden_states(model, {**batch, "input_ids": input_ids[:, :n]})[:, :-1]  # (B, n-1, D)
-    logits = model.lm_head(hidden[is_word[:, 1:n]]).float()  # (N, vocabulary), of N words
+    logits = model.lm_head(hidden[is_word[:, 1:n]])  # (N, vocabulary), of N words
     # Image tokens without an image would break the model.
     logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
     best, candidates = (logits / TEMPERATURE).topk(CANDIDATES)  # (N, K)
-    choice = torch.multinomial(best.softmax(dim=-1), 1, generator=rng)  # (N, 1)
+    # Of a model that has diverged every share is NaN. Then the loss says so.
+    best = best.softmax(dim=-1).nan_to_num(1.0)
+    choice = torch.multinomial(best, 1, generator=rng)  # (N, 1)
     input_ids[is_word] = candidates.gather(1, choice)[:, 0]
 
     # What stands before the numbers is not supervised.

@@ -400,10 +400,14 @@ def compare(runs: dict, truth: list, baselines: dict, rig: tuple | None, args: N
                                            "baseline": before["rmse"], **values}
 
     results["by"] = {}
-    values = np.array([str(record.get(args.by)) for record in truth])
-    for value in np.unique(values).tolist() if args.by else []:
-        chosen = values == value
-        results["by"][value] = metrics(first[chosen], true[chosen]) | {"images": int(chosen.sum())}
+    if args.by:
+        if not any(args.by in record for record in truth):
+            raise SystemExit(f"--by {args.by}: no record of the truth has that field")
+        values = np.array([str(record.get(args.by)) for record in truth])
+        for value in np.unique(values).tolist():
+            chosen = values == value
+            results["by"][value] = metrics(first[chosen], true[chosen]) | {
+                "images": int(chosen.sum())}
     return results
 
 # ---- Table and plot ------------------------------------------------------------------------------
@@ -416,7 +420,8 @@ def print_report(results: dict) -> None:
     first, *_ = rows.values()
     columns = [column for column in COLUMNS if column[0] in first]
 
-    print(f"{results['images']} pictures, {results['errors']} without prediction and left out")
+    print(f"{results['images']} pictures, {results['errors']} without prediction and left out; "
+          "what is indented, and below the intervals, is of the first file")
     titles = [f"{title:>11s}" for _, title, _ in columns]
     print(" " * 24 + "".join(titles))
     for label, values in rows.items():
@@ -431,10 +436,6 @@ def print_report(results: dict) -> None:
         for metric, (low, high) in both.items():
             print(f"    {metric.upper():5s}{low:.4f} to {high:.4f}  {name}")
 
-    mean = results["baselines"].get("training mean")
-    if mean and mean["rmse"] > 0:
-        ratio = first["rmse"] / mean["rmse"]
-        print(f"RMSE is {ratio:.2f} of the training mean's (1: nothing was learnt)")
     for part in ("description", "uncertainty"):
         shown = [f"{name} {value:.2f}" for name, value in results[part].items()]
         print(f"{part}: {', '.join(shown) or 'none'}")
@@ -449,8 +450,8 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
 
     # A row for each coefficient: a bar up to its error, a line at the baseline's, and its r.
     each = results["by_coefficient"]
-    longest = max(max(values["rmse"], values["baseline"], 0.01) for values in each.values())
-    scale = 420 / longest  # pixels
+    # In pixels. The longest bar has 420.
+    scale = 420 / max(max(values["rmse"], values["baseline"], 0.01) for values in each.values())
     for row, (name, values) in enumerate(each.items()):
         y = 84 + 20.6 * row
         baseline = 195 + scale * values["baseline"]
@@ -479,9 +480,13 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
 # ---- The stage itself ----------------------------------------------------------------------------
 def main(args: Namespace) -> None:
     """Runs the stage: reads, matches, compares, reports, writes."""
-    defaults = ["predictions.jsonl", "data/demo/val.jsonl"]
     # What is not named is the demo's: with one FILE, the truth.
-    *files, truth_file = args.files + defaults[len(args.files):]
+    args.files += ["predictions.jsonl", "data/demo/val.jsonl"][len(args.files):]
+    *files, truth_file = args.files
+    for path in filter(None, (args.out, args.plot)):
+        if os.path.realpath(path) in map(os.path.realpath, args.files):
+            raise SystemExit(f"{path} is read and would be overwritten; name another file")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     rig = read_rig(Path(args.rig)) if args.rig else None
     runs = {file: by_image(file) for file in files}
     truth = by_image(truth_file)
@@ -503,8 +508,6 @@ def main(args: Namespace) -> None:
                 "images": len(truth), "errors": len(truth) - len(images)}
     print_report(results)
 
-    for path in filter(None, (args.out, args.plot)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"every number is in {args.out}")
     if args.plot:

@@ -1354,6 +1354,7 @@ def noisy(demo: Path, folder: Path, name: str, noise: float) -> Path:
 
 def test_models_are_compared_in_pairs_and_by_field(demo, tmp_path, capsys):
     files = [noisy(demo, tmp_path, "good.jsonl", 0.02), noisy(demo, tmp_path, "bad.jsonl", 0.2)]
+    assert_refused("no record of the truth has that field", evaluate, *files, demo / "val.jsonl", "--by", "idenity", "--out", tmp_path / "m")
     run_main(evaluate, *files, demo / "val.jsonl", "--by", "identity", "--plot", tmp_path / "m.png", "--out", tmp_path / "m.json")
     results = json.loads((tmp_path / "m.json").read_text())
     low, high = results["differences"][f"{files[1]} minus {files[0]}"]["rmse"]
@@ -1403,11 +1404,10 @@ def test_evaluate_compares_with_baselines(demo, tmp_path, capsys):
     assert "1 without prediction" in capsys.readouterr().out
 
 @pytest.mark.filterwarnings("error")
-def test_truth_equal_to_the_training_mean_divides_by_nothing(tmp_path, capsys):
+def test_truth_equal_to_the_training_mean_divides_by_nothing(tmp_path):
     records = [{"image": f"{k}.png", "coefficients": {**ZEROS, "jawOpen": 0.5}} for k in range(3)]
     path = write_jsonl(tmp_path / "t.jsonl", records)
     run_main(evaluate, path, path, "--train", path, "--out", tmp_path / "m.json")
-    assert "nothing was learnt" not in capsys.readouterr().out
 
 def test_truth_that_failed_is_left_out(demo, tmp_path):
     path = noisy(demo, tmp_path, "p.jsonl", 0.02)
@@ -1452,6 +1452,8 @@ def test_bad_records_are_named(change, message, tmp_path):
     (infer, ["README.md", "missing.jsonl"], "missing.jsonl"), (infer, ["a.jsonl", "--out", "a.jsonl"], "an INPUT"),
     (infer, ["README.md", "--out", ".ci"], ".ci is a folder"),
     (infer, ["README.md", "--decode", "generate", "--estimate", "mode"], "--estimate"),
+    (evaluate, ["a", "b", "--out", ".ci/../a"], "a is read"), (evaluate, ["a", "b", "--plot", "b"], "b is read"),
+    (distill, ["--lr", "nan"], "--lr nan"),
     (evaluate, ["missing.jsonl"], "missing.jsonl"), (evaluate, ["--rig", "nowhere", "a"], "--rig nowhere")])
 def test_bad_flags_are_explained(module, flags, message, demo, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -1494,8 +1496,15 @@ def test_json_of_another_kind_gets_the_way_out(value, message, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(value))
     assert_refused(message, annotate, tmp_path / "other.json")
 
-def test_frames_that_do_not_fit_are_counted(demo, tmp_path):
+def test_a_run_that_diverges_says_so(demo, tmp_path):
+    flags = ["--data", demo / "train.jsonl", "--limit", 8, "--batch-size", 2, "--steps", 9]
+    assert_refused("the loss is no number at step [1-8]; .*lower --lr", distill, *flags, "--lr", 1e9, "--out", tmp_path / "run")
+
+def test_frames_that_do_not_fit_are_counted(demo, tmp_path, capsys):
     take = make_take(tmp_path, 3)
+    run_main(annotate, take, "--out", tmp_path / "words.jsonl")
+    assert "give their pictures with --frames" in capsys.readouterr().out
+    assert_refused("words.jsonl, line 1: there is no picture .*None", distill, "--data", tmp_path / "words.jsonl", "--out", tmp_path / "run")
     assert_refused("nowhere", annotate, take, "--frames", tmp_path / "nowhere")
     assert_refused("holds 240 pictures for the 3 rows", annotate, take, "--frames", demo / "images")
     assert_refused("belongs to one INPUT", annotate, take, take, "--frames", demo / "images")
