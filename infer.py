@@ -130,8 +130,10 @@ class State:
     offset: Tensor  # (B, 1), added to positions: an image takes up fewer of them than tokens
     last: Tensor  # (B, 1, D), the last hidden states
 
-    def feed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Appends tokens (B, n), padding where the mask is 0. Returns hidden states (B, n, D)."""
+    def feed(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Appends tokens (B, n), padding where a mask is 0. Returns hidden states (B, n, D)."""
+        if mask is None:
+            mask = torch.ones_like(ids)
         self.mask = torch.cat([self.mask, mask], dim=1)  # (B, T)
         positions = self.mask.cumsum(dim=1) - 1 + self.offset  # (B, T)
         positions = positions[:, -ids.shape[1]:]  # (B, n)
@@ -165,7 +167,7 @@ def decode_text(state: State, skeleton_ids: list, closing_ids: list, limit: int)
     is_open = torch.ones_like(state.mask[:, :1])  # (B, 1), 0 where the text has ended
     if skeleton_ids:
         ids = is_open.new_tensor(skeleton_ids).repeat(len(is_open), 1)  # (B, n)
-        state.feed(ids, torch.ones_like(ids))
+        state.feed(ids)
 
     columns = [is_open[:, :0]]  # (B, 0), for texts may be empty
     for _ in range(limit):
@@ -196,10 +198,10 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
             starts.append(len(block))
             block += value_ids[0].tolist()
     places = torch.tensor(starts)[:, None] + torch.arange(value_ids.shape[1])  # (C, L)
-    tokens = torch.tensor(block, device=value_ids.device).repeat(len(state.mask), 1)  # (B, n)
+    tokens = value_ids.new_tensor(block).repeat(len(state.mask), 1)  # (B, n)
     guess = torch.zeros_like(tokens[:, starts])  # (B, C)
 
-    hidden = state.feed(tokens, torch.ones_like(tokens))  # (B, n, D)
+    hidden = state.feed(tokens)  # (B, n, D)
     while True:
         before = hidden[:, places - 1]  # (B, C, L, D): position t - 1 predicts token t
         probabilities, choice = read_numbers(state.model.lm_head.weight, before, value_ids)
@@ -212,8 +214,7 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
         tokens[:, places] = value_ids[choice]  # (B, C, L)
         start = starts[changed[0]]
         state.drop(len(block) - start)
-        rest = tokens[:, start:]
-        hidden[:, start:] = state.feed(rest, torch.ones_like(rest))
+        hidden[:, start:] = state.feed(tokens[:, start:])
 
 def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     """Distributions (B, C, 11) and greedy choice (B, C) from lm_head's matrix and the hidden states
@@ -406,7 +407,7 @@ def merge_adapter(model: nn.Module, config: dict, updates: dict) -> None:
             raise SystemExit(f"the adapter's {name} does not fit its base model ({error}); --base "
                              "names another one")
         scale = alpha / (math.sqrt(len(low)) if config.get("use_rslora") else len(low))
-        weight.copy_((weight.float() + scale * product).to(weight.dtype))
+        weight.copy_(weight.float() + scale * product)  # in the weight's own dtype
 
 # ---- Pictures -> predictions ---------------------------------------------------------------------
 # open_image and prompt_text stand word for word in distill.py, list_pictures and whole_lines in
@@ -546,10 +547,13 @@ def predict_all(predictor: Predictor, names: list, args: Namespace) -> dict:
     if not args.resume:
         parts[rank].unlink(missing_ok=True)
     finished = {json.loads(line)["image"] for line in whole_lines(parts[rank])}
+    if finished.difference(names):
+        raise SystemExit(f"--resume: the interrupted run of {out} had other pictures, too; give "
+                         "the same command, or start anew without --resume")
     todo = [name for name in names[rank::world_size] if name not in finished]
 
     starts = range(0, len(todo), args.batch_size)
-    with parts[rank].open("a", encoding="utf-8") as file:
+    with parts[rank].open("a") as file:  # which JSON keeps to ASCII
         for start in tqdm(starts, unit=" batches", disable=True if rank else None):
             batch = todo[start:start + args.batch_size]
             records = predict(predictor, [out.parent / name for name in batch], args.estimate,

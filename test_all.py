@@ -1250,6 +1250,7 @@ def test_interrupted_inference_goes_on_with_resume_only(trained, demo, tmp_path,
     kept = part.read_bytes()
     assert kept.count(b"\n") == 6
     part.write_bytes(kept + '{"image": "torn é'.encode()[:-1])  # within a character
+    assert_refused("had other pictures", infer, *flags[:3], "--limit", 5, "--out", out, "--resume")
     run_main(infer, *flags, out, "--resume")
     assert predict.call_count == 5 and out.read_text() == whole.read_text()  # the last batch was decoded again
     part.write_bytes(kept)
