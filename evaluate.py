@@ -506,9 +506,9 @@ def main(args: Namespace) -> None:
     results = compare(runs, true_records, baselines, rig, args)
     results |= {"predictions": files, "truth": truth_file,
                 "images": len(truth), "errors": len(truth) - len(images)}
-    print_report(results)
-
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    print_report(results)
     print(f"every number is in {args.out}")
     if args.plot:
         chart = draw_plot(results, stack(runs[files[0]]), true)
