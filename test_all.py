@@ -458,6 +458,15 @@ def test_the_model_is_told_not_to_think():
     text = tokenizer.decode(model.generate.call_args_list[0].kwargs["input_ids"][0])
     assert text.startswith("You are an expert") and text.endswith('none, the face is at rest\n{"expression_category": "')
 
+def test_an_llm_that_does_not_fit_is_named(demo, tmp_path, monkeypatch):
+    argv = ["annotate.py", demo / "val.jsonl", "--limit", 2, "--llm", make_llm(tmp_path / "llm"), "--out", tmp_path / "o.jsonl"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    monkeypatch.setattr(LlamaForCausalLM, "generate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried")))
+    with pytest.raises(SystemExit, match="lower --batch-size, then --resume"):
+        runpy.run_path(str(ROOT / "annotate.py"), run_name="__main__")
+    monkeypatch.setattr(LlamaForCausalLM, "to", Mock(side_effect=AssertionError("Torch not compiled with CUDA enabled")))
+    assert_refused("cannot be loaded: Torch not compiled", annotate, *argv[1:])
+
 def test_interrupted_llm_run_goes_on_with_resume(demo, tmp_path, monkeypatch):
     flags = [demo / "val.jsonl", "--limit", 7, "--batch-size", 3, "--llm", make_llm(tmp_path / "llm")]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
@@ -1381,6 +1390,8 @@ def test_a_rig_measures_millimetres_in_whatever_unit(unit, demo, tmp_path):
     lips = [NAMES.index(name) for name in ("mouthRollUpper", "mouthRollLower", "mouthFunnel", "mouthPucker")]
     assert good["lip_mm"] == pytest.approx(10 * error[:, lips].max(axis=1).mean())
     assert good["vertex_mm"] == pytest.approx(10 * good["mae"], rel=0.05)  # all but tongueOut move one of 52 points
+    still = (tmp_path / "rig" / "mouthPucker.obj").write_bytes((tmp_path / "rig" / "Neutral.obj").read_bytes())
+    assert still and evaluate.read_rig(tmp_path / "rig")[1].sum() == 3  # a shape that moves nothing moves no lip
     for file in (tmp_path / "rig").iterdir():
         file.write_text(re.sub(r"v (\S+) (\S+)", lambda row: f"v {row[1]} {float(row[2]) * 0.002 * unit}", file.read_text()))
     assert_refused("is 0.051 high", evaluate, path, demo / "val.jsonl", "--rig", tmp_path / "rig")
