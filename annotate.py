@@ -790,8 +790,8 @@ def main(args: argparse.Namespace) -> None:
     used = {path.resolve() for path in inputs}
     used |= {Path(record["image"]).resolve().parent for record in records if record["image"]}
     if out.is_dir() or used & {out.resolve(), images.resolve()}:
-        raise SystemExit(f"--out {out} is a folder, an INPUT or holds the pictures of one, which "
-                         "would be overwritten; choose another")
+        raise SystemExit(f"{out} is a folder, an INPUT or holds the pictures of one, which would "
+                         "be overwritten; choose another --out")
 
     if args.render:
         records = draw_all(records, images)
@@ -806,7 +806,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except RuntimeError as error:
+    except RuntimeError as error:  # of torch, which is here with --llm only
         if "out of memory" not in str(error):
             raise
         raise SystemExit("out of GPU memory; lower --batch-size, then --resume goes on")

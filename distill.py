@@ -503,6 +503,7 @@ def read_records(path: Path, supervision: str, limit: int | None) -> list[dict]:
                     continue
                 record = json.loads(line)
                 check_coefficients(record["coefficients"])
+                # Of a record without a picture, None as text, so that it is missed like any other.
                 record["image"] = str(path.parent / str(record["image"]))
                 if not Path(record["image"]).is_file():
                     raise ValueError(f"there is no picture {record['image']}")
@@ -747,9 +748,9 @@ def corrupt(model: nn.Module, batch: dict, index: int, pad_id: int, args: Namesp
     # Image tokens without an image would break the model.
     logits[:, [model.config.image_token_id, model.config.video_token_id]] = -math.inf
     best, candidates = (logits / TEMPERATURE).topk(CANDIDATES)  # (N, K)
-    # Of a model that has diverged every share is NaN. Then the loss says so.
-    best = best.softmax(dim=-1).nan_to_num(1.0)
-    choice = torch.multinomial(best, 1, generator=rng)  # (N, 1)
+    # Of a model that has diverged every chance is NaN, and any word will do: the loss says so.
+    chances = best.softmax(dim=-1).nan_to_num(1.0)
+    choice = torch.multinomial(chances, 1, generator=rng)  # (N, 1)
     input_ids[is_word] = candidates.gather(1, choice)[:, 0]
 
     # What stands before the numbers is not supervised.

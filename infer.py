@@ -240,7 +240,8 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
 
 @torch.inference_mode()
 def decode_forced(predictor: "Predictor", inputs: dict, supervision: str) -> tuple:
-    """Distributions (B, C, 11), greedy choice among VALUES (B, C) and descriptions of a batch."""
+    """Distributions (B, C, 11), greedy choice among VALUES (B, C) and descriptions, None or empty
+    where there are no words, of a batch."""
     tokenizer = predictor.tokenizer
 
     def encode(text: str) -> list:
@@ -258,6 +259,7 @@ def decode_forced(predictor: "Predictor", inputs: dict, supervision: str) -> tup
             closing_ids = quotes if slot in FIELDS else next_ids[:1]
             texts = decode_text(state, skeleton_ids, closing_ids, MAX_TOKENS[slot])
             for answer, ids in zip(written, texts):
+                # Markdown, as the authors' text is, has no such escapes and stays as it is.
                 answer[slot] = unescape(tokenizer.decode(ids))
         elif slot == ARKIT_NAMES[0]:  # here all 52 numbers, so the other 51 slots have no turn
             probabilities, choice = decode_numbers(state, pieces, value_ids)
