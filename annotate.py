@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Stage I of SemanticFace (arXiv 2603.14827), semantic supervision signals: coefficients -> words.
+"""Stage I of SemanticFace (arXiv 2603.14827), semantic supervision: coefficients -> words.
 
-Describes a face in four fields, from its 52 ARKit blendshape coefficients, by rules or by a frozen
-language model. Also draws the demo: cartoon faces with known coefficients. Left is the subject's.
+Describes a face in four text fields, given its 52 ARKit coefficients, by rules or with a frozen
+language model. Without arguments it draws the demo: 16,000 cartoon faces with exact coefficients,
+in a minute or two on two cores. Left and right are the subject's.
 
-Reads:  label or prediction records (.jsonl), Live Link Face takes (.csv), MediaPipe (.json),
-        with names as eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L, for the demo nothing
-Writes: annotated records, one JSON object a line, image paths relative to the file
+Reads:  label or prediction records (.jsonl), a Live Link Face take (.csv) or MediaPipe results
+        (.json). Names may be eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L. The demo needs no input
+Writes: annotated records, one JSON object per line, with image paths relative to the file
     {"image": "images/000001.png", "identity": "id017", "coefficients": {"eyeBlinkLeft": 0.12, ...},
      "description": {"expression_category": "slight happiness", ...}, "annotator": "rules"}
 
-    python annotate.py take.csv --frames frames/ --out train.jsonl   # without arguments: the demo
+    python annotate.py take.csv --frames frames/ --out train.jsonl
 """
 import argparse
 import csv
@@ -18,50 +19,51 @@ import json
 import math
 import os
 import re
+import signal
+import sys
+from argparse import Namespace
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from itertools import chain, islice, repeat
+from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-# The 52 names in Live Link Face column order; the same block stands in every script.
-ARKIT_NAMES = [
-    "eyeBlinkLeft", "eyeLookDownLeft", "eyeLookInLeft", "eyeLookOutLeft", "eyeLookUpLeft",
-    "eyeSquintLeft", "eyeWideLeft", "eyeBlinkRight", "eyeLookDownRight", "eyeLookInRight",
-    "eyeLookOutRight", "eyeLookUpRight", "eyeSquintRight", "eyeWideRight", "jawForward", "jawRight",
-    "jawLeft", "jawOpen", "mouthClose", "mouthFunnel", "mouthPucker", "mouthRight", "mouthLeft",
-    "mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft", "mouthFrownRight", "mouthDimpleLeft",
-    "mouthDimpleRight", "mouthStretchLeft", "mouthStretchRight", "mouthRollLower", "mouthRollUpper",
-    "mouthShrugLower", "mouthShrugUpper", "mouthPressLeft", "mouthPressRight", "mouthLowerDownLeft",
-    "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight", "browDownLeft", "browDownRight",
-    "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
-    "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
-]
+# The 52 ARKit names in the column order of Live Link Face. Every script repeats this block.
+ARKIT_NAMES = """
+    eyeBlinkLeft eyeLookDownLeft eyeLookInLeft eyeLookOutLeft eyeLookUpLeft eyeSquintLeft
+    eyeWideLeft eyeBlinkRight eyeLookDownRight eyeLookInRight eyeLookOutRight eyeLookUpRight
+    eyeSquintRight eyeWideRight jawForward jawRight jawLeft jawOpen mouthClose mouthFunnel
+    mouthPucker mouthRight mouthLeft mouthSmileLeft mouthSmileRight mouthFrownLeft mouthFrownRight
+    mouthDimpleLeft mouthDimpleRight mouthStretchLeft mouthStretchRight mouthRollLower
+    mouthRollUpper mouthShrugLower mouthShrugUpper mouthPressLeft mouthPressRight
+    mouthLowerDownLeft mouthLowerDownRight mouthUpperUpLeft mouthUpperUpRight browDownLeft
+    browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft
+    cheekSquintRight noseSneerLeft noseSneerRight tongueOut""".split()
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
-
-# Endings of pictures; .heic, which Pillow cannot open, is named in an error, not left out.
+# Extensions of pictures. Pillow cannot open .heic: listed here, it gives an error, not a gap.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
-FORMS = ("expected a Live Link Face take (.csv), MediaPipe's results (.json) or, in a .jsonl, one "
-         'line of {"image": "a.png", "coefficients": {"jawOpen": 0.1, ... all 52}} a face')
+EXPECTED = ("give a Live Link Face take (.csv), MediaPipe results (.json) or a .jsonl with one "
+            'line of {"image": "a.png", "coefficients": {"jawOpen": 0.1, ... all 52}} per face')
+CELL = 160  # side of a picture on the contact sheet, pixels
 
-# A coefficient has one of four levels, and everything that is said follows from the levels alone:
-# below 0.15 it is at rest, from there on it moves slightly, then moderately, then strongly.
+# Each coefficient has one of four levels: at rest below 0.15, then slight, from 0.4 moderate and
+# from 0.7 strong. All words depend on the levels alone.
 BANDS = [0.15, 0.4, 0.7]
 ACTIVE = BANDS[0]
 ADVERBS = ["", "slightly", "moderately", "strongly"]
-# Of an emotion, by the level of its strongest action. The moderate one is named alone.
+# The prefix of an emotion, by the level of its strongest action. It is empty for a moderate one.
 DEGREES = ["", "slight ", "", "strong "]
-# What is said of each action, with an adverb for *. "name_" is the pair nameLeft and nameRight, of
-# which symmetry tells. "a/b" is one direction of gaze, by the left and by the right eye's action,
-# which symmetry leaves out.
+# What to say about each action, with an adverb in place of *. "name_" is the pair nameLeft and
+# nameRight, which counts for symmetry. "a/b" is a direction of gaze, given by action a of the left
+# eye and action b of the right one. It does not count for symmetry.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp_": "outer brow * raised",
               "browDown_": "brow * lowered"},
@@ -79,123 +81,81 @@ MOVEMENTS = {
               "mouthPucker": "lips * puckered", "mouthRollUpper": "upper lip * rolled in",
               "mouthRollLower": "lower lip * rolled in", "mouthShrugUpper": "upper lip * pushed up",
               "mouthShrugLower": "lower lip * pushed up",
-              "mouthClose": "lips * closed over the jaw", "mouthLeft": "mouth * shifted left",
-              "mouthRight": "mouth * shifted right"},
+              "mouthClose": "lips * closed over the jaw",
+              "mouthLeft": "mouth * shifted left", "mouthRight": "mouth * shifted right"},
     "Jaw": {"jawOpen": "jaw * opened", "jawForward": "jaw * pushed forward",
             "jawLeft": "jaw * shifted left", "jawRight": "jaw * shifted right"},
-    "Tongue": {"tongueOut": "tongue * put out"},
-}
-# What emotions imply, and their EMFACS action units (Friesen & Ekman 1983) in ARKit: 1 browInnerUp,
-# 2 browOuterUp, 4 browDown, 5 eyeWide, 6 cheekSquint, 7 eyeSquint, 9 noseSneer, 10 mouthUpperUp, 12
-# mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen. The numbers
-# weigh each action in classify(), and are its strength where the demo draws the emotion.
+    "Tongue": {"tongueOut": "tongue * put out"}}
+# EMFACS action units of each emotion (Friesen & Ekman 1983) as ARKit actions: 1 browInnerUp, 2
+# browOuterUp, 4 browDown, 5 eyeWide, 6 cheekSquint, 7 eyeSquint, 9 noseSneer, 10 mouthUpperUp, 12
+# mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen. Each number
+# is the weight of an action in classify() and its strength when the demo draws the emotion.
 EMOTIONS = {
-    "happiness": ("joy or amusement", {"cheekSquint_": 0.6, "mouthSmile_": 1.0}),
-    "sadness": ("sorrow or disappointment",
-                {"browInnerUp": 1.0, "browDown_": 0.3, "mouthFrown_": 0.9}),
-    "surprise": ("astonishment",
-                 {"browInnerUp": 0.9, "browOuterUp_": 0.9, "eyeWide_": 0.8, "jawOpen": 0.8}),
-    "fear": ("alarm or anxiety",
-             {"browInnerUp": 0.8, "browOuterUp_": 0.5, "browDown_": 0.3, "eyeWide_": 0.9,
-              "eyeSquint_": 0.2, "mouthStretch_": 0.8, "jawOpen": 0.3}),
-    "anger": ("irritation or determination",
-              {"browDown_": 1.0, "eyeWide_": 0.2, "eyeSquint_": 0.5, "mouthPress_": 0.7}),
-    "disgust": ("aversion", {"noseSneer_": 1.0, "mouthUpperUp_": 0.6, "mouthFrown_": 0.4}),
-    "contempt": ("disdain or smugness", {"mouthSmileLeft": 0.7, "mouthDimpleLeft": 0.8}),
-}
+    "happiness": {"cheekSquint_": 0.6, "mouthSmile_": 1.0},
+    "sadness": {"browInnerUp": 1.0, "browDown_": 0.3, "mouthFrown_": 0.9},
+    "surprise": {"browInnerUp": 0.9, "browOuterUp_": 0.9, "eyeWide_": 0.8, "jawOpen": 0.8},
+    "fear": {"browInnerUp": 0.8, "browOuterUp_": 0.5, "browDown_": 0.3, "eyeWide_": 0.9,
+             "eyeSquint_": 0.2, "mouthStretch_": 0.8, "jawOpen": 0.3},
+    "anger": {"browDown_": 1.0, "eyeWide_": 0.2, "eyeSquint_": 0.5, "mouthPress_": 0.7},
+    "disgust": {"noseSneer_": 1.0, "mouthUpperUp_": 0.6, "mouthFrown_": 0.4}}
+CONTEMPT = [{"mouthSmileLeft": 0.7, "mouthDimpleLeft": 0.8},  # one-sided, so it has two patterns
+            {"mouthSmileRight": 0.7, "mouthDimpleRight": 0.8}]
+IMPLICATIONS = {"happiness": "joy or amusement", "sadness": "sorrow or disappointment",
+                "surprise": "astonishment", "fear": "alarm or anxiety", "disgust": "aversion",
+                "anger": "irritation or determination", "contempt": "disdain or smugness"}
 
-def parse_args(argv=None) -> argparse.Namespace:
-    """Reads the command line, or `argv`."""
+def parse_args(argv=None) -> Namespace:
+    """Parses `argv`, by default the command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("inputs", nargs="*", metavar="INPUT", help="records, takes, blendshapes; without, the demo")
-    add("--demo", type=int, default=16_000, help="faces of the demo (default %(default)s)")
-    add("--frames", help="folder with one picture for each row of INPUT, in the order of counting")
-    add("--identity", help="who is seen, in all INPUTs (default: the name of a take's file)")
-    add("--every", type=int, default=1, help="keep every Nth record (default %(default)s)")
-    add("--out", help="file, or folder for --render and the demo (default beside INPUT, data/demo)")
-    add("--render", action=switch, default=False, help="draw the faces")
-    add("--llm", help="let this chat model (hub id or folder) describe instead of the rules")
-    add("--resume", action=switch, default=False, help="go on with an interrupted --llm run")
-    add("--batch-size", type=int, default=16, help="faces at a time, --llm (default %(default)s)")
-    add("--device", default="auto", help="for --llm: cpu, cuda, or auto (default %(default)s)")
-    add("--limit", type=int, default=10**9, help="first records only (the demo is drawn whole)")
-    add("--seed", type=int, default=0, help="of the demo's people and faces (default %(default)s)")
+    add = parser.add_argument
+    add("input", nargs="?", metavar="INPUT", help="records, take or results (none: draw the demo)")
+    add("--demo", type=int, default=16_000, help="faces in the demo (default %(default)s)")
+    add("--frames", help="folder with one picture per row of INPUT, in natural order")
+    add("--identity", help="the person shown (default: the file name of a take or of results)")
+    add("--every", type=int, default=1, help="keep every Nth row (default %(default)s)")
+    add("--out", help="file, or folder for the demo (default: beside INPUT, or data/demo)")
+    add("--sheet", help="draw 24 records into this file; records are written only with --out")
+    add("--llm", help="describe with this chat model (hub id or folder) instead of the rules")
+    add("--resume", action="store_true", help="continue an interrupted --llm run")
+    add("--batch-size", type=int, default=16, help="faces per --llm batch (default %(default)s)")
+    add("--device", default="auto", help="cpu, cuda or auto, for --llm (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the demo's faces (default %(default)s)")
     return parser.parse_args(argv)
 
 # ---- Describing by rules -------------------------------------------------------------------------
-@cache
+@cache  # called for every face
 def sides(key: str) -> list[str]:
-    """The ARKit names of a table key: aLeft and aRight for "a_", a and b for "a/b", else a."""
+    """Returns the ARKit names of a table key: aLeft, aRight for "a_", a, b for "a/b", else a."""
     if key.endswith("_"):
         return [key[:-1] + "Left", key[:-1] + "Right"]
     return key.split("/")
 
 def expand(pattern: dict) -> dict:
-    """Gives the value of each key in `pattern` to all the names that the key stands for."""
-    whole = {}
+    """Replaces each table key of a pattern by all its ARKit names, with the same value."""
+    expanded = {}
     for key, value in pattern.items():
-        whole |= dict.fromkeys(sides(key), value)
-    return whole
+        expanded |= dict.fromkeys(sides(key), value)
+    return expanded
 
-def mirror(pattern: dict) -> dict:
-    """Swaps left and right: the same values, each by the name of its other side."""
-    swap = {"Left": "Right", "Right": "Left"}
-    return {re.sub("Left$|Right$", lambda match: swap[match[0]], name): value
-            for name, value in pattern.items()}
-
-# Gaze and blinks tell of no emotion.
+# Gaze and blinks say nothing about emotion.
 EXPRESSIVE = [name for name in ARKIT_NAMES if not name.startswith(("eyeLook", "eyeBlink"))]
-# Each emotion, its prototype, and a pattern whose names have to be at rest. Contempt, the last of
-# them, is one-sided, and replaced by two: one for the left, one for the right.
-LEFT_CONTEMPT = EMOTIONS["contempt"][1]
-RIGHT_CONTEMPT = mirror(LEFT_CONTEMPT)
-PROTOTYPES = [(emotion, expand(pattern), {}) for emotion, (_, pattern) in EMOTIONS.items()]
-PROTOTYPES[-1] = ("contempt", LEFT_CONTEMPT, RIGHT_CONTEMPT)
-PROTOTYPES.append(("contempt", RIGHT_CONTEMPT, LEFT_CONTEMPT))
+# Each emotion with the weights of its actions, and with the actions that must be at rest. Contempt
+# has an entry per side. Each requires the other side to be at rest, so they exclude each other.
+PROTOTYPES = [(emotion, expand(pattern), {}) for emotion, pattern in EMOTIONS.items()]
+PROTOTYPES += [("contempt", CONTEMPT[0], CONTEMPT[1]), ("contempt", CONTEMPT[1], CONTEMPT[0])]
 
-def classify(coefficients: dict) -> tuple[str, str]:
-    """Expression category and emotional implication of 52 coefficients (0..1 by name).
-
-    By the cosine between the levels of the EXPRESSIVE actions and the prototype of each emotion.
-    """
-    levels = {name: bisect(BANDS, coefficients[name]) for name in EXPRESSIVE}
-    if not any(levels.values()):
-        return "neutral", "not clearly observable"
-    length = math.hypot(*levels.values())
-    cosines = []
-    for emotion, pattern, at_rest in PROTOTYPES:
-        if not any(levels[name] for name in at_rest):
-            product = sum(levels[name] * weight for name, weight in pattern.items())
-            cosine = product / (length * math.hypot(*pattern.values()))
-            cosines.append((cosine, emotion, pattern))
-
-    # The best one or, when the next is nearly as good, both.
-    cosines.sort(key=itemgetter(0), reverse=True)
-    (cosine, emotion, pattern), (next_cosine, next_emotion, _) = cosines[:2]
-    if cosine < 0.5:
-        return "movement without a clear emotion", "not clearly observable"
-    implication, other = EMOTIONS[emotion][0], EMOTIONS[next_emotion][0]
-    if next_cosine > 0.9 * cosine:
-        return f"{emotion} mixed with {next_emotion}", f"{implication}, with {other}"
-    strongest = max(levels[name] for name in pattern)
-    return DEGREES[strongest] + emotion, implication
-
-def describe(coefficients: dict) -> dict:
-    """Describes a face in four fields, from its 52 coefficients (0..1 by name). All fields follow
-    from the same levels, so none of them contradicts another or the numbers. The symmetry is that
-    of pairs: a jaw or mouth that is shifted to a side, or a gaze, leaves a face symmetric."""
-    levels = {name: bisect(BANDS, value) for name, value in coefficients.items()}
-    sentences, uneven, mixed = [], [], []
+def movements(levels: dict) -> str:
+    """Says which actions move and how strongly, in one sentence per region. A pair whose sides are
+    at the same level gets one phrase, any other pair one phrase per side that moves."""
+    sentences = []
     for region, actions in MOVEMENTS.items():
-        phrases, stronger = [], set()
+        phrases = []
         for key, phrase in actions.items():
             names = sides(key)
-            left, right = levels[names[0]], levels[names[-1]]  # one name, if it has no sides
+            left, right = levels[names[0]], levels[names[-1]]  # the same name twice if unpaired
             if left == right == 0:
                 continue
-            # Movements: one phrase for an action without sides or a pair that moves alike.
             if left != right:
                 subjects = {"left ": left, "right ": right}
             elif len(names) == 1:
@@ -205,258 +165,268 @@ def describe(coefficients: dict) -> dict:
                 phrase = phrase.replace(" *", "s *")  # the plural: both eyes, both lip corners
             phrases += [subject + phrase.replace("*", ADVERBS[level])
                         for subject, level in subjects.items() if level]
-            # Symmetry: on which side a pair is stronger.
-            if left != right and key.endswith("_"):
-                stronger.add("left" if left > right else "right")
-
         if phrases:
             sentences.append(f"{region}: {', '.join(phrases)}.")
+    return " ".join(sentences) or "No visible movement."
+
+def symmetry(levels: dict) -> str:
+    """Says which side of each region is stronger, if one is. Only left-right pairs are compared: a
+    shifted jaw or mouth, or a sideways gaze, still counts as symmetric."""
+    uneven, mixed = [], []
+    for region, actions in MOVEMENTS.items():
+        stronger = set()
+        for left, right in [sides(key) for key in actions if key.endswith("_")]:
+            if levels[left] != levels[right]:
+                stronger.add("left" if levels[left] > levels[right] else "right")
         if len(stronger) == 1:
-            uneven.append(f"{stronger.pop()} {region.lower()}")
-        elif stronger:  # one pair is stronger on the left, another on the right
+            uneven.append(f"the {stronger.pop()} side of the {region.lower()}")
+        elif stronger:  # one pair is stronger on the left, another one on the right
             mixed.append(region.lower())
 
-    asymmetries = [f"stronger on the {', '.join(uneven)}"] if uneven else []
+    asymmetries = [f"stronger on {', '.join(uneven)}"] if uneven else []
     asymmetries += [f"mixed in the {', '.join(mixed)}"] if mixed else []
-    category, implication = classify(coefficients)
-    return {"expression_category": category,
-            "muscle_movements": " ".join(sentences) or "No visible movement.",
-            "emotional_implication": implication,
-            "symmetry": "; ".join(asymmetries) or "symmetric"}
+    return "; ".join(asymmetries) or "symmetric"
 
-# ---- Describing by a frozen language model -------------------------------------------------------
-def active_text(coefficients: dict) -> str:
-    """The active coefficients as the prompt names them."""
-    active = [f"{name} {value:.2f}" for name, value in coefficients.items() if value >= ACTIVE]
-    return ", ".join(active) or "none, the face is at rest"
+def classify(levels: dict) -> tuple[str, str]:
+    """Returns the expression category and what it implies. Compares the levels of the EXPRESSIVE
+    actions with the prototype of each emotion, by cosine similarity."""
+    length = math.hypot(*[levels[name] for name in EXPRESSIVE])
+    if length == 0:
+        return "neutral", "not clearly observable"
+    cosines = []
+    for emotion, pattern, at_rest in PROTOTYPES:
+        if not any(levels[name] for name in at_rest):
+            product = sum(levels[name] * weight for name, weight in pattern.items())
+            cosine = product / (length * math.hypot(*pattern.values()))
+            cosines.append((cosine, emotion, pattern))
 
-EXAMPLE = {**dict.fromkeys(ARKIT_NAMES, 0.0),
-           "mouthSmileLeft": 0.62, "mouthSmileRight": 0.58, "cheekSquintRight": 0.21}
-EXAMPLE_WORDS = describe(EXAMPLE)
-LLM_PROMPT = f"""You are an expert in facial anatomy. Describe a face in JSON with four short texts,
-from its active ARKit blendshape coefficients (0 to 1). Left and right are the subject's.
-Coefficients: {active_text(EXAMPLE)}
-{json.dumps(EXAMPLE_WORDS)}
-Coefficients: """
-LLM_TOKENS = 120  # of one field at most
-# A text that says 3 to 40 characters three times in a row: "eye-eye-eye-".
-LOOP = re.compile(r"(.{3,40}?)\1\1")
-CLOSED = re.compile(r'(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')  # up to the closing quote
+    # Keep the best emotion, or the best two if the second is nearly as good.
+    cosines.sort(key=itemgetter(0), reverse=True)
+    (cosine, emotion, pattern), (next_cosine, next_emotion, _) = cosines[:2]
+    if cosine < 0.5:
+        return "movement without a clear emotion", "not clearly observable"
+    if next_cosine > 0.9 * cosine:
+        return (f"{emotion} mixed with {next_emotion}",
+                f"{IMPLICATIONS[emotion]}, with {IMPLICATIONS[next_emotion]}")
+    strongest = max(levels[name] for name in pattern)
+    return DEGREES[strongest] + emotion, IMPLICATIONS[emotion]
 
-def is_valid(words: dict, coefficients: dict) -> bool:
-    """Whether every field has a text that is no loop, and the movements not just the example's."""
-    texts = [words.get(field) for field in FIELDS]
-    movements = words.get("muscle_movements")
-    if not all(texts) or any(map(LOOP.search, texts)):
-        return False
-    is_copy = movements == EXAMPLE_WORDS["muscle_movements"]
-    return not is_copy or movements == describe(coefficients)["muscle_movements"]
+def describe(coefficients: dict) -> dict:
+    """Describes a face in four fields, given its 52 coefficients (name -> 0..1). All fields come
+    from the same levels, so they cannot contradict each other or the numbers."""
+    levels = {name: bisect(BANDS, value) for name, value in coefficients.items()}
+    category, implication = classify(levels)
+    words = [category, movements(levels), implication, symmetry(levels)]
+    return dict(zip(FIELDS, words))
 
-def ask_llm(model, tokenizer, faces: list[dict]) -> list[dict]:
-    """Lets a chat model fill in the fields for each face: JSON's braces and names are fed, the
-    model writes up to the quote that closes a field. A field without an end is left out."""
-    import torch
-    texts, answers = [], [{} for _ in faces]
-    for face in faces:
-        text = LLM_PROMPT + active_text(face) + "\n"
-        if tokenizer.chat_template:
-            # Unless told not to, hybrid models would think within the first field.
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
-                enable_thinking=False)
-        texts.append(text + "{")
+# ---- Describing by a frozen LLM ------------------------------------------------------------------
+LLM_PROMPT = """You are an expert in facial anatomy. Describe a face, given its active ARKit
+blendshape coefficients (0 to 1). Left and right are the subject's. Answer with one JSON object of
+four short texts: "expression_category" (the expression and its degree), "muscle_movements" (by
+region, with their intensity), "emotional_implication" (the emotion that they suggest) and
+"symmetry" (whether both sides of the face move alike). Active coefficients: """
 
-    for field in FIELDS:
-        texts = [f'{text}"{field}": "' for text in texts]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False,
-                           return_token_type_ids=False).to(model.device)
-        start = inputs["input_ids"].shape[1]
-
-        def is_closed(ids, scores, **_) -> torch.Tensor:  # (B,)
-            written = tokenizer.batch_decode(ids[:, start:])
-            return torch.tensor([bool(CLOSED.match(text)) for text in written], device=ids.device)
-
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=LLM_TOKENS,
-                                stopping_criteria=[is_closed], pad_token_id=tokenizer.pad_token_id)
-        for k, text in enumerate(tokenizer.batch_decode(tokens[:, start:])):
-            # A text without its quote goes on only to keep the batch whole: is_valid refuses it.
-            closed = CLOSED.match(text)
-            if closed:
-                words = json.loads('"' + closed[0], strict=False)
-                answers[k][field] = " ".join(words.split())
-                texts[k] += closed[0] + ", "
-    return answers
-
-def describe_by_llm(records: list[dict], args: argparse.Namespace) -> Iterator[tuple]:
-    """Yields description and annotator of each record. Where the answer of the model is no valid
-    description, the rules stand in, and the annotator says so."""
-    import torch  # the rules and the drawings do without
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+def read_answer(text: str) -> dict | None:
+    """Returns the four fields of a chat model's answer, or None if they are not all there."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.llm, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(args.device).eval()
-    except Exception as error:  # what is damaged surfaces as one of a dozen types
-        raise SystemExit(f"--llm {args.llm} cannot be loaded: {str(error):.300}".partition("\n")[0])
+        words = json.loads(text[text.index("{"):text.rindex("}") + 1])
+        words = {field: " ".join(words[field].split()) for field in FIELDS}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return words if all(words.values()) else None
+
+def ask_llm(model, tokenizer, faces: list[dict]) -> list[dict | None]:
+    """Has a chat model describe faces (name -> 0..1). A face without a valid answer gets None."""
+    chats = []
+    for face in faces:
+        active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
+        content = LLM_PROMPT + (", ".join(active) or "none, the face is at rest")
+        chats.append([{"role": "user", "content": content}])
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, enable_thinking=False, padding=True, return_dict=True,
+        return_tensors="pt").to(model.device)
+    ids = inputs["input_ids"]  # (B, T)
+    tokens = model.generate(input_ids=ids, attention_mask=inputs["attention_mask"],
+                            do_sample=False, max_new_tokens=400,
+                            pad_token_id=tokenizer.pad_token_id)
+    return [read_answer(text) for text in tokenizer.batch_decode(tokens[:, ids.shape[1]:])]
+
+def describe_by_llm(records: list[dict], args: Namespace) -> Iterator[tuple]:
+    """Yields the description and the annotator of each record. Where the model's answer is not
+    valid, the rules step in, and the annotator says so."""
+    import torch  # only needed here
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(args.llm, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(device).eval()
+
     for start in range(0, len(records), args.batch_size):
         faces = [record["coefficients"] for record in records[start:start + args.batch_size]]
         for face, words in zip(faces, ask_llm(model, tokenizer, faces)):
-            if is_valid(words, face):
-                yield words, args.llm
-            else:
-                yield describe(face), f"rules, since {args.llm} gave no valid answer"
+            rules = describe(face), f"rules, since {args.llm} gave no valid answer"
+            yield (words, args.llm) if words else rules
 
 # ---- Files ---------------------------------------------------------------------------------------
-# list_pictures and whole_lines stand word for word in infer.py: scripts share no code.
+# infer.py has copies of list_pictures and complete_lines.
 def list_pictures(folder: Path) -> list[Path]:
-    """A folder's pictures in the order a person counts, frame2 before frame10; no hidden files."""
-    def counted(path: Path) -> tuple:
-        parts = re.split(r"(\d+)", path.name.lower())  # text, number, text, number, ...
-        return [int(part) if part.isdecimal() else part for part in parts], path.name
+    """Lists a folder's pictures in natural order (frame2 before frame10), without hidden files."""
+    def natural(path: Path) -> tuple:
+        padded = re.sub(r"\d+", lambda digits: digits[0].zfill(20), path.name.lower())
+        return padded, path.name
 
     pictures = [path for path in folder.iterdir()
                 if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
-    return sorted(pictures, key=counted)
+    return sorted(pictures, key=natural)
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines that an interrupted run left in a file. Cuts off the last one if it is torn."""
+def complete_lines(path: Path) -> list[bytes]:
+    """Returns the lines that an interrupted run left in a file, and cuts off a torn last one."""
     path.touch()
     text = path.read_bytes()
-    whole = text[:text.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    return whole.splitlines()
+    complete = text[:text.rfind(b"\n") + 1]
+    os.truncate(path, len(complete))
+    return complete.splitlines()
 
-@cache
+@cache  # called for every name of every face
 def canonical(name: str) -> str:
-    """The ARKit name for EyeBlinkLeft (Live Link), eyeBlink_L (other apps) or eyeBlinkLeft."""
+    """Returns ARKit's eyeBlinkLeft for EyeBlinkLeft (Live Link) and eyeBlink_L (other apps)."""
     name = re.sub("_R$", "Right", re.sub("_L$", "Left", name.strip()))
     return name[:1].lower() + name[1:]
 
-def standardize(given: dict, counts: Counter) -> dict:
-    """The 52 coefficients in order, by ARKit's names, clipped to 0..1 (real takes reach 1.053).
-    Raises ValueError if one is missing, unknown or no such number. Counts clips of 0.01 or more and
-    missing tongues."""
-    values = {canonical(name): value for name, value in given.items()}
-    if "tongueOut" not in values:  # MediaPipe and others cannot see it
+def standardize(pairs: list[tuple], counts: Counter) -> dict:
+    """Returns the 52 coefficients, given (name, value) pairs, clipped to 0..1 (real takes reach
+    1.053). Raises ValueError if one is missing, unknown, given twice or out of range."""
+    values = {}
+    for name, value in pairs:
+        is_number = type(value) in (int, float)  # True is not
+        if not (is_number and -0.1 <= value <= 1.1):  # NaN is out of range, too
+            advice = " (divide percentages by 100)" if is_number and value > 1.5 else ""
+            raise ValueError(f"{name:.40} is {value!r:.40}, expected 0 to 1{advice}")
+        name = canonical(name)
+        if name in values:
+            raise ValueError(f"{name} comes twice, perhaps in another spelling; expected it once")
+        values[name] = min(max(0.0, value), 1.0)
+    if "tongueOut" not in values:  # MediaPipe and others do not track it
         values["tongueOut"] = 0.0
         counts["records without tongueOut, set to 0"] += 1
-    different = sorted(set(values) ^ set(ARKIT_NAMES))
+    different = ", ".join(sorted(set(values) ^ set(ARKIT_NAMES)))
     if different:
-        raise ValueError(f"{', '.join(different[:3]):.150} missing or unknown; 52 ARKit names are "
-                         "expected")
-    for name, value in values.items():
-        if type(value) not in (int, float) or not -0.1 <= value <= 1.1:  # True and NaN are neither
-            raise ValueError(f"{name} is {value!r:.40}, not 0 to 1 (divide percentages by 100)")
-        if not -0.01 < value < 1.01:
-            counts["values clipped by 0.01 or more"] += 1
-    return {name: min(max(0.0, values[name]), 1.0) for name in ARKIT_NAMES}
+        raise ValueError(f"{different:.60} missing or unknown; expected the 52 ARKit names")
+    return {name: values[name] for name in ARKIT_NAMES}
 
-def items_of(path: Path) -> Iterator[tuple]:
-    """Yields where in a file each face stands, and what stands there: the text of a record, the
-    cells of a take's row by column, or a result of MediaPipe."""
+def read_items(path: Path) -> list[tuple]:
+    """Lists (location, content) for each row of a file. The content is the header and the cells of
+    a take's row, one MediaPipe result, or the text of a record."""
     if path.suffix.lower() == ".json":
         text = path.read_text("utf-8-sig", "replace")
-        text = text.replace('"face_blendshapes"', '"faceBlendshapes"')  # as saved from Python
+        text = text.replace('"face_blendshapes"', '"faceBlendshapes"')  # MediaPipe's Python names
         results = json.loads(text.replace('"category_name"', '"categoryName"'))
-        for number, result in enumerate(results if isinstance(results, list) else [results], 1):
-            yield f"result {number}", result
-        return
+        results = results if isinstance(results, list) else [results]
+        return [(f"result {number}", result) for number, result in enumerate(results, 1)]
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         if path.suffix.lower() == ".csv":
-            rows = csv.DictReader(file)
-            yield from ((f"line {rows.line_num}", row) for row in rows)
-        else:
-            lines = enumerate(file, 1)
-            yield from ((f"line {number}", line) for number, line in lines if line.strip())
+            rows = csv.reader(file)
+            header = next(rows, [])
+            return [(f"line {rows.line_num}", (header, row)) for row in rows if row]
+        lines = enumerate(file, 1)
+        return [(f"line {number}", line) for number, line in lines if line.strip()]
 
-def face_of_take(row: dict) -> dict:
-    """A row of a Live Link Face take. It has no values where the app saw no face."""
-    cells = {name: cell for name, cell in row.items() if canonical(name or "") in ARKIT_NAMES}
-    if len(cells) < 51:
-        raise ValueError(f"the header that was found, {list(row)!s:.150}, lacks columns; a take "
-                         "has 52 such as EyeBlinkLeft, separated by commas")
-    if not any((cell or "").strip() for cell in cells.values()):
-        return {"coefficients": None}
-    for name, cell in cells.items():
+def read_row(header: list, row: list) -> list[tuple]:
+    """Returns the (column, value) pairs of a take's row. A row without a face has empty cells and
+    gives none."""
+    pairs = [(name, cell) for name, cell in zip_longest(header, row, fillvalue="")
+             if canonical(name) in ARKIT_NAMES]
+    if not pairs:
+        raise ValueError(f"no column such as EyeBlinkLeft in the header found, {header!s:.70}")
+    if not any(cell.strip() for _, cell in pairs):
+        return []
+    for index, (name, cell) in enumerate(pairs):
         try:
-            cells[name] = float(cell)
-        except (TypeError, ValueError):
-            raise ValueError(f"column {name} holds {cell or ''!r:.40}, which is no number")
-    return {"coefficients": cells}
+            pairs[index] = name, float(cell)
+        except ValueError:
+            raise ValueError(f"column {name} holds {cell!r:.40}, which is not a number")
+    return pairs
 
-def face_of_mediapipe(result: dict | list) -> dict:
-    """The first face of one result of MediaPipe's Face Landmarker, which is {"faceBlendshapes":
-    [{"categories": [...]}]} or one face's list of categories. It may have found no face."""
-    faces = [result] if result else []  # a list is the categories of one face
-    if isinstance(result, dict):
-        if "faceBlendshapes" not in result:
-            raise ValueError(f"no faceBlendshapes among {', '.join(result):.150}")
-        faces = result["faceBlendshapes"]
-    if not faces:
-        return {"coefficients": None}
-    face = faces[0]
-    categories = face["categories"] if isinstance(face, dict) else face
-    scores = {category["categoryName"]: category["score"] for category in categories}
-    return {"coefficients": {name: scores[name] for name in scores if name != "_neutral"}}
+def read_result(result: dict | list, counts: Counter) -> list[tuple]:
+    """Returns the (name, score) pairs of the first face in a MediaPipe result, which is
+    {"faceBlendshapes": [{"categories": [...]}]} or the list of one face's categories."""
+    faces = (result["faceBlendshapes"] if isinstance(result, dict) else [result]) or [[]]
+    if len(faces) > 1:
+        counts["results with several faces, the first was taken"] += 1
+    categories = faces[0] or []
+    if isinstance(categories, dict):
+        categories = categories["categories"]
+    return [(category["categoryName"], category["score"]) for category in categories
+            if category["categoryName"] != "_neutral"]
 
-FACE_OF = {".csv": face_of_take, ".json": face_of_mediapipe}  # any other file holds records
-
-def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> Iterator[dict]:
-    """Yields every Nth record, its image as a path from the working folder. SystemExit on a bad
-    one."""
-    suffix = path.suffix.lower()
-    where = "as a whole"
+def read_records(path: Path, args: Namespace, counts: Counter) -> dict:
+    """Returns every Nth record by its index in INPUT, with the real path of its image. Counts what
+    is left out. Raises ValueError for a record or file that cannot be used."""
+    suffix, place, item, records = path.suffix.lower(), path, "", {}
     try:
-        # Each row gets its frame first. Then --every and empty rows leave out both.
-        items = list(items_of(path))
-        frames = [None] * len(items)
-        if args.frames:
-            frames = list_pictures(Path(args.frames).absolute())
-        if len(frames) != len(items):
-            raise SystemExit(f"--frames {args.frames} holds {len(frames)} pictures for the "
-                             f"{len(items)} rows of {path}; expected one a row, named in order")
-        for (where, item), frame in list(zip(items, frames))[::args.every]:
-            face = FACE_OF[suffix](item) if suffix in FACE_OF else json.loads(item)
-            record = {"image": None, **face}
-            if record["coefficients"] is None:
-                counts["without a face, values or a prediction, left out"] += 1
+        items = read_items(path)
+        for index in range(0, len(items), args.every):
+            location, item = items[index]
+            place = f"{path}, {location}"
+            record = {"image": None, "identity": args.identity or path.stem}
+            if suffix == ".csv":
+                pairs = read_row(*item)
+            elif suffix == ".json":
+                pairs = read_result(item, counts)
+            else:
+                record = {"image": None, **json.loads(item)}
+                pairs = (record["coefficients"] or {}).items()
+            if not pairs:
+                counts["records without a face, values or a prediction, left out"] += 1
                 continue
-            record["coefficients"] = standardize(record["coefficients"], counts)
-            if args.identity or suffix in FACE_OF:
-                record["identity"] = args.identity or path.stem
-            image = frame or record["image"]
-            # An absolute path, as a frame's, stays as it is.
-            record["image"] = image and os.path.join(path.parent, image)
-            yield record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
-            csv.Error) as error:
-        raise SystemExit(f"{path}, {where}: {error!s:.350}; {FORMS}")
+            record["coefficients"] = standardize(pairs, counts)
+            if args.identity:
+                record["identity"] = args.identity
+            if record["image"]:  # resolve symlinks, because ".." after a link leads elsewhere
+                record["image"] = os.path.realpath(path.parent / record["image"])
+            records[index] = record
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{place}: {error!s:.160}; {EXPECTED}")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{place}: cannot use {item!r:.80} ({error!r:.60}); {EXPECTED}")
 
-def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
-    """Describes records and writes them as they come, under another name until all are done."""
-    unfinished = path.with_name(path.name + (".llm" if args.llm else ".partial"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # What an interrupted run has described is kept, if it is of these faces.
-    kept = [json.loads(line) for line in whole_lines(unfinished)] if args.resume else []
+    # Pair each row with its frame. Only their order connects them, so their numbers must agree.
+    if args.frames:
+        frames = list_pictures(Path(args.frames))
+        if len(frames) != len(items):
+            raise ValueError(f"--frames {args.frames} holds {len(frames)} pictures for the "
+                             f"{len(items)} rows of {path}; expected one per row")
+        for index, record in records.items():
+            record["image"] = os.path.realpath(frames[index])
+    return records
+
+def write_records(path: Path, records: list[dict], args: Namespace) -> None:
+    """Describes records and writes each one at once, to PATH.partial until all are done."""
+    unfinished, folder = path.with_name(path.name + ".partial"), path.parent.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # Keep what an interrupted run has described, if the faces and the annotator are the same.
+    kept = [json.loads(line) for line in complete_lines(unfinished)] if args.resume else []
     faces = [record["coefficients"] for record in records]
-    if [record["coefficients"] for record in kept] != faces[:len(kept)]:
-        raise SystemExit(f"--resume: {unfinished} describes other faces; start without --resume")
-    todo = records[len(kept):]
+    is_same = [record["coefficients"] for record in kept] == faces[:len(kept)]
+    if not is_same or any((args.llm or "rules") not in record["annotator"] for record in kept):
+        raise ValueError(f"--resume: {unfinished} has other faces or another annotator; start over "
+                         "without --resume")
+    todo, annotators = records[len(kept):], Counter(record["annotator"] for record in kept)
     descriptions = ((describe(record["coefficients"]), "rules") for record in todo)
     if args.llm:
         descriptions = describe_by_llm(todo, args)
 
-    annotators = Counter(record["annotator"] for record in kept)
+    # A lone surrogate, half a character, cannot be written as UTF-8, so it becomes an escape.
     bar = tqdm(zip(todo, descriptions), path.name, len(todo), disable=None)
     with unfinished.open("a" if kept else "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, (description, annotator) in bar:
             record = {**record, "description": description, "annotator": annotator}
             if record["image"]:
-                # Links are followed: behind one, ".." would lead elsewhere.
-                image = os.path.relpath(os.path.realpath(record["image"]), path.parent.resolve())
+                image = os.path.relpath(record["image"], folder)
                 record["image"] = image.replace(os.sep, "/")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
@@ -464,31 +434,53 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
     unfinished.replace(path)
     print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}")
 
-# ---- Drawing the demo's faces --------------------------------------------------------------------
+def draw_sheet(path: str, records: dict) -> None:
+    """Draws a contact sheet of 24 records, spread evenly. Each picture is beside the face that its
+    coefficients draw, with index and expression category below."""
+    items = list(records.items())
+    chosen = np.linspace(0, len(items) - 1, min(24, len(items))).round().astype(int)
+    # Each record is a card of two cells, with a line of text below.
+    sheet = Image.new("RGB", (4 * 330, math.ceil(len(chosen) / 4) * 194), "white")
+    for place, (index, record) in enumerate([items[position] for position in chosen]):
+        card = Image.new("RGB", (2 * CELL, CELL + 24), "#ececec")
+        face = draw_face(record["coefficients"], record.get("identity", "id000"), CELL)
+        card.paste(face, (CELL, 0))
+        try:
+            picture = ImageOps.exif_transpose(Image.open(record["image"])).convert("RGB")
+            card.paste(ImageOps.pad(picture, (CELL, CELL), color="#ececec"))
+        except Exception:  # a dozen types: a missing or damaged picture leaves its cell empty
+            pass
+        words = record.get("description")
+        category = words.get("expression_category") if isinstance(words, dict) else ""
+        text = f"{index}  {category or ''}"[:46]
+        ImageDraw.Draw(card).text((4, CELL + 3), text, "black", ImageFont.load_default(13))
+        sheet.paste(card, (5 + place % 4 * 330, 5 + place // 4 * 194))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    print(f"wrote {path}: {len(chosen)} of {len(records)} records")
+
+# ---- Drawing the demo's faces (skip) -------------------------------------------------------------
 DARK, WHITE, RED = (40, 25, 25), (250, 250, 245), (205, 80, 80)
 CAVITY, TONGUE = (70, 15, 20), (225, 105, 120)
 SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
-# Two drawing styles: what the demo trains on, and one with other colours, proportions (each between
-# two ends) and lines (`line` times as wide), on which it is only tested.
+# Two drawing styles: one for training, and one only for testing, which has other colours, line
+# widths (`line` times as wide) and proportions. Each proportion is drawn from a range.
 STYLES = {
     "cartoon": {
-        "skins": list(map(ImageColor.getrgb, [
-            "#fadcc4", "#f0c8aa", "#deb08c", "#be8c68", "#96684a", "#704c36"])),
+        "line": 1.0, "outline": 0.0, "irises": ["#50321a", "#32643c", "#3c6eaa", "#64646e"],
+        "skins": ["#fadcc4", "#f0c8aa", "#deb08c", "#be8c68", "#96684a", "#704c36"],
         "hairs": ["#1e1816", "#462e1e", "#78502c", "#c49650", "#963c1e", "#969696"],
-        "irises": ["#50321a", "#32643c", "#3c6eaa", "#64646e"], "line": 1.0, "outline": 0.0,
         "proportions": {"fringe": (-0.75, -0.6), "width": (0.68, 0.80), "height": (0.76, 0.84),
                         "eye": (0.9, 1.15), "gap": (0.31, 0.37), "brow": (0.05, 0.09),
                         "nose": (0.85, 1.2), "mouth": (0.24, 0.31)}},
     "comic": {
-        "skins": list(map(ImageColor.getrgb, [
-            "#f4e878", "#c8e696", "#96d2d2", "#96aae6", "#c896dc", "#f0aabe"])),
+        "line": 1.5, "outline": 0.04, "irises": ["#961e28", "#783c96", "#147878", "#c8961e"],
+        "skins": ["#f4e878", "#c8e696", "#96d2d2", "#96aae6", "#c896dc", "#f0aabe"],
         "hairs": ["#143c78", "#aa285a", "#1e6e46", "#6e2882", "#e67814", "#f5f5f5"],
-        "irises": ["#961e28", "#783c96", "#147878", "#c8961e"], "line": 1.5, "outline": 0.04,
         "proportions": {"fringe": (-0.62, -0.5), "width": (0.80, 0.90), "height": (0.70, 0.76),
                         "eye": (1.15, 1.3), "gap": (0.36, 0.41), "brow": (0.03, 0.05),
-                        "nose": (0.6, 0.85), "mouth": (0.31, 0.36)}},
-}
-# Skin creases, as dark as the action is strong: both x, both y of the left one (mirrored right).
+                        "nose": (0.6, 0.85), "mouth": (0.31, 0.36)}}}
+# Skin creases, darker for stronger actions: (x1, x2), (y1, y2) on the left, mirrored on the right.
 CREASES = [
     ("browDown", (0.05, 0.05), (-0.42, -0.26)), ("mouthUpperUp", (0.16, 0.26), (0.22, 0.34)),
     ("noseSneer", (0.03, 0.16), (-0.12, -0.07)), ("noseSneer", (0.03, 0.16), (-0.04, 0.01)),
@@ -496,20 +488,18 @@ CREASES = [
     ("mouthPress", (0.19, 0.32), (0.38, 0.42)), ("mouthPress", (0.19, 0.32), (0.62, 0.58)),
     ("mouthDimple", (0.39, 0.39), (0.44, 0.56)), ("mouthShrugUpper", (0.035, 0.035), (0.27, 0.36)),
     ("mouthRollUpper", (0.0, 0.16), (0.37, 0.38)), ("mouthRollLower", (0.0, 0.16), (0.64, 0.63)),
-    ("mouthShrugLower", (0.03, 0.06), (0.68, 0.74)),
-]
-
+    ("mouthShrugLower", (0.03, 0.06), (0.68, 0.74))]
 # Parameters of the curves: around the head, across the lips and across an eye.
 TURN = 2 * np.pi * np.arange(48) / 48
 ACROSS_LIPS = np.arange(-7, 8) / 7  # from the right corner to the left
 ACROSS_EYE = np.arange(-6, 7) / 6
-# The brow's inner end, middle and outer end: at rest, and how far each action moves them.
+# The brow's inner end, middle and outer end: position at rest, and how far each action moves it.
 BROW_X, BROW_Y = np.array([-0.19, -0.02, 0.2]), np.array([0, -0.03, 0.02])
 BROW_DOWN = np.array([0.13, 0.06, 0.02])
 BROW_INNER_UP, BROW_OUTER_UP = np.array([0.17, 0.05, 0]), np.array([0, 0.08, 0.19])
 
 class Pen:
-    """Draws in face coordinates, -1 to 1: x to the picture's right (the subject's left), y down."""
+    """Draws in face coordinates, -1 to 1: x points to the subject's left, y points down."""
 
     def __init__(self, size: int, background: tuple, thickness: float):
         side = size * SUPERSAMPLE
@@ -531,11 +521,11 @@ class Pen:
         self.draw.ellipse(self.scale([x - rx, x + rx], [y - ry, y + ry]), fill=color)
 
 def mix(color: tuple, other: tuple, amount: float) -> tuple:
-    """The color `amount` (0..1) of the way from `color` to `other`."""
+    """Returns the color that is `amount` (0..1) of the way from `color` to `other`."""
     return tuple(round(a + (b - a) * amount) for a, b in zip(color, other))
 
 def draw_head(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
-    """Hair, outline, chin and puffed cheeks (jawOpen, jawLeft, jawRight, jawForward, cheekPuff)."""
+    """Draws hair, outline, chin and puffed cheeks."""
     slide = 0.14 * (c.jawLeft - c.jawRight)
     drop = 0.14 * c.jawOpen
 
@@ -546,7 +536,7 @@ def draw_head(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     x = look.width * x * (1 + puff - 0.12 * below) + slide * below
     y = look.height * y + drop * below
 
-    # The hair behind, the face, the fringe before it.
+    # The hair at the back, the face, and the fringe in front of it.
     pen.ellipse(0, -0.12, look.width * 1.1, look.height * 1.03, look.hair)
     pen.polygon(x, y, look.skin)
     is_fringe = y < look.fringe
@@ -554,42 +544,42 @@ def draw_head(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     if look.outline:
         pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, look.outline)
 
-    # A chin that is pushed forward grows and brightens, and so do puffed cheeks.
-    y = look.height - 0.1 + drop
+    # A chin that is pushed forward gets larger and brighter. Puffed cheeks get brighter.
+    chin_y = look.height - 0.1 + drop
     color = mix(look.skin, WHITE, 0.6 * c.jawForward)
-    pen.ellipse(slide, y, 0.14 + 0.14 * c.jawForward, 0.05 + 0.07 * c.jawForward, color)
-    for x in (-0.5, 0.5):
-        pen.ellipse(x, 0.36, 0.13, 0.13, mix(look.skin, WHITE, 0.55 * c.cheekPuff))
+    pen.ellipse(slide, chin_y, 0.14 + 0.14 * c.jawForward, 0.05 + 0.07 * c.jawForward, color)
+    for cheek_x in (-0.5, 0.5):
+        pen.ellipse(cheek_x, 0.36, 0.13, 0.13, mix(look.skin, WHITE, 0.55 * c.cheekPuff))
 
-def by_side(left: float, right: float) -> np.ndarray:
-    """How strongly an action with these values on both sides is felt at each point across the lips,
-    (15,): less and less over the middle third."""
+def by_side(c: SimpleNamespace, stem: str) -> np.ndarray:
+    """Returns the strength of mouth{stem}Left and -Right at each point across the lips, (15,). It
+    fades towards the middle."""
+    left, right = getattr(c, f"mouth{stem}Left"), getattr(c, f"mouth{stem}Right")
     return np.minimum(1, 3 * abs(ACROSS_LIPS)) * np.where(ACROSS_LIPS > 0, left, right)
 
 def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
-    """Lips, teeth, tongue (jawOpen, jawLeft, jawRight, tongueOut, mouth... but mouthDimple)."""
+    """Draws lips, teeth and tongue."""
     t, arch = ACROSS_LIPS, 1 - ACROSS_LIPS ** 2  # the arch is 0 at the corners, 1 in the middle
     opening = np.sqrt(arch)
-    # The line on which the lips meet.
-    smile = by_side(c.mouthSmileLeft, c.mouthSmileRight)
-    frown = by_side(c.mouthFrownLeft, c.mouthFrownRight)
-    stretch = by_side(c.mouthStretchLeft, c.mouthStretchRight)
+
+    # The line where the lips meet.
+    smile, frown, stretch = by_side(c, "Smile"), by_side(c, "Frown"), by_side(c, "Stretch")
     shift = 0.13 * (c.mouthLeft - c.mouthRight) + 0.07 * (c.jawLeft - c.jawRight)
     width = look.mouth * (1 - 0.5 * c.mouthPucker - 0.3 * c.mouthFunnel)
     x = shift + t * (width + 0.06 * smile + 0.16 * stretch)
     y = 0.50 + t * t * 0.17 * (frown - smile) + 0.03 * smile * arch
 
-    # The inner edges of both lips, and how thick the lips are.
-    # With mouthClose beyond jawOpen the gap is negative, and lifts the lower lip.
+    # The inner edges of both lips, and how thick the lips are. If mouthClose exceeds jawOpen, the
+    # gap is negative and lifts the lower lip.
     gap = 0.30 * (c.jawOpen - c.mouthClose) + 0.12 * c.mouthFunnel
-    rise = 0.13 * by_side(c.mouthUpperUpLeft, c.mouthUpperUpRight) + 0.3 * max(gap, 0)
-    fall = 0.13 * by_side(c.mouthLowerDownLeft, c.mouthLowerDownRight) + 0.7 * gap
+    rise = 0.13 * by_side(c, "UpperUp") + 0.3 * max(gap, 0)
+    fall = 0.13 * by_side(c, "LowerDown") + 0.7 * gap
     upper = y - opening * rise - 0.09 * c.mouthShrugUpper * arch
     lower = y + opening * fall - 0.07 * c.mouthShrugLower * arch
-    press = by_side(c.mouthPressLeft, c.mouthPressRight)
+    press = by_side(c, "Press")
     thick = opening * (1 - 0.6 * press) * (1 + 0.9 * c.mouthPucker + 0.5 * c.mouthFunnel)
 
-    # The cavity, and in it the teeth, all but the corners.
+    # The cavity with the teeth in it, which stop short of the corners.
     pen.band(x, upper, lower, CAVITY)
     upper_teeth = np.maximum(upper, np.minimum(upper + 0.06, lower))
     lower_teeth = np.minimum(lower, np.maximum(lower - 0.06, upper))
@@ -597,7 +587,7 @@ def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     pen.band(x[inner], upper[inner], upper_teeth[inner], WHITE)
     pen.band(x[inner], lower[inner], lower_teeth[inner], WHITE)
 
-    # The lips, thin where they are rolled in, and the tongue over the middle of the lower one.
+    # The lips, thinner when rolled in, and the tongue over the middle of the lower lip.
     pen.band(x, upper - 0.065 * thick * (1 - 0.95 * c.mouthRollUpper), upper, look.lips)
     pen.band(x, lower, lower + 0.085 * thick * (1 - 0.95 * c.mouthRollLower), look.lips)
     for edge in (upper, lower):
@@ -609,14 +599,15 @@ def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
         pen.line([x[7], x[7]], [root, root + 0.15 * length], groove, 0.02)
 
 def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) -> None:
-    """Eye, cheek, brow, nostril and creases of one side: 1 is the subject's left, -1 the right."""
+    """Draws eye, cheek, brow, nostril and creases of the left side (1) or the right side (-1)."""
     # In this function c.eyeBlink is eyeBlinkLeft or eyeBlinkRight, and so on.
     suffix = "Left" if side > 0 else "Right"
     c = SimpleNamespace(**{name.removesuffix(suffix): value for name, value in vars(c).items()})
-    shade = partial(mix, look.skin, DARK)  # of an amount from 0 to 1
+    shade = partial(mix, look.skin, DARK)  # takes an amount from 0 to 1
     t, arch = ACROSS_EYE, 1 - ACROSS_EYE ** 2
-    # The eyeball and its iris between the edges of the lids, whose skin hides a part of the iris.
-    # Open, the upper edge is 1 to 1.75 heights above the middle, closed it is 0.7 below.
+
+    # The eyeball and iris between the edges of the lids, which cover part of the iris. The upper
+    # edge is 1 to 1.75 heights above the middle when open and 0.7 below it when closed.
     eye_x, eye_y, height = side * look.gap, -0.17, 0.105 * look.eye
     x = eye_x + 0.2 * look.eye * t
     upper = eye_y + height * (0.7 * c.eyeBlink - (1 + 0.75 * c.eyeWide) * (1 - c.eyeBlink)) * arch
@@ -639,7 +630,7 @@ def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) ->
     y = 0.12 - 0.08 * c.cheekSquint + 0.06 * t * t
     pen.line(x + 0.15 * t, y, shade(0.7 * c.cheekSquint), 0.03)
 
-    # The brow, by three points.
+    # The brow, a line through three points.
     x = side * (look.gap + BROW_X - 0.02 * c.browDown)
     y = BROW_DOWN * c.browDown - BROW_INNER_UP * c.browInnerUp - BROW_OUTER_UP * c.browOuterUp
     pen.line(x, y + BROW_Y - 0.43, look.hair, look.brow)
@@ -655,11 +646,12 @@ def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) ->
 
 def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
               style: str = "cartoon") -> Image.Image:
-    """Draws a face of `size` pixels, every action visible; the identity alone fixes the looks."""
+    """Draws a face of `size` x `size` pixels, given its 52 coefficients (name -> 0..1), with every
+    action visible. The appearance depends on identity and style alone."""
     rng = np.random.default_rng(list(str(identity).encode()))
     palette = STYLES[style]
-    # The order of these lines decides which random number each part of the looks gets.
-    skins = palette["skins"]
+    # The order of these lines decides which random number each feature gets.
+    skins = list(map(ImageColor.getrgb, palette["skins"]))
     look = SimpleNamespace(outline=palette["outline"])
     tone = rng.uniform(0, len(skins) - 1.001)
     look.skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
@@ -677,22 +669,7 @@ def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
     draw_side(pen, look, c, -1)
     return pen.canvas.reduce(SUPERSAMPLE)
 
-def draw_all(records: list[dict], images: Path, style: str = "cartoon") -> list[dict]:
-    """Draws all faces into a folder, on all cores; returns the records with their images."""
-    images.mkdir(parents=True, exist_ok=True)
-    faces = [record["coefficients"] for record in records]
-    people = [record.get("identity", "id000") for record in records]
-    drawn = []
-    with ProcessPoolExecutor() as pool:
-        pictures = pool.map(draw_face, faces, people, repeat(64), repeat(style), chunksize=64)
-        bar = tqdm(zip(records, pictures), "drawing", len(records), disable=None)
-        for index, (record, picture) in enumerate(bar):
-            path = images / f"{index:06d}.png"
-            picture.save(path)
-            drawn.append({**record, "image": str(path)})
-    return drawn
-
-# Movements of the demo that are no emotion, as none, a blink, a wink, speech or chewing.
+# Movements of the demo without an emotion: none at all, a blink, a wink, speech or chewing.
 GESTURES = [
     {}, {"eyeBlink_": 1.0}, {"eyeBlinkLeft": 1.0, "cheekSquintLeft": 0.5, "mouthSmileLeft": 0.4},
     {"mouthPucker": 0.9}, {"mouthFunnel": 0.9, "jawOpen": 0.3},
@@ -703,25 +680,26 @@ GESTURES = [
     {"mouthShrugLower": 0.8, "mouthShrugUpper": 0.6, "mouthFrown_": 0.4},
     {"tongueOut": 0.9, "jawOpen": 0.4}, {"jawForward": 0.9, "mouthRollUpper": 0.3},
     {"mouthDimple_": 0.8, "mouthPress_": 0.5}]
-EXPRESSIONS = 2 * [pattern for _, pattern in EMOTIONS.values()] + GESTURES
-EXPRESSIONS = [expand(pattern) for pattern in EXPRESSIONS]
-# Which way each of the gaze actions turns its eye: to the subject's left, up.
+# Each emotion is twice as likely as each gesture.
+EXPRESSIONS = [expand(pattern) for pattern in 2 * [*EMOTIONS.values(), CONTEMPT[0]] + GESTURES]
+RIGHT_OF = {name: name.replace("Left", "Right") for name in ARKIT_NAMES if name.endswith("Left")}
+MIRRORED = RIGHT_OF | {right: left for left, right in RIGHT_OF.items()}
+SIGN_OF_SIDE = dict.fromkeys(RIGHT_OF, 1) | dict.fromkeys(RIGHT_OF.values(), -1)
+# The direction of each gaze action: (to the subject's left, up).
 GAZE = {"eyeLookOutLeft": (1, 0), "eyeLookInRight": (1, 0), "eyeLookInLeft": (-1, 0),
         "eyeLookOutRight": (-1, 0), "eyeLookUpLeft": (0, 1), "eyeLookUpRight": (0, 1),
         "eyeLookDownLeft": (0, -1), "eyeLookDownRight": (0, -1)}
-SIDES = {name: 1 if name.endswith("Left") else -1 for name in ARKIT_NAMES
-         if name.endswith(("Left", "Right"))}
 OPPOSITES = [("jawLeft", "jawRight"), ("mouthLeft", "mouthRight"),
              ("mouthSmileLeft", "mouthFrownLeft"), ("mouthSmileRight", "mouthFrownRight")]
 
 def sample_expression(rng: np.random.Generator) -> dict:
-    """Draws 52 plausible coefficients: one or two patterns, stray actions, asymmetry and a gaze."""
+    """Samples 52 plausible coefficients: one or two patterns, stray actions, asymmetry and gaze."""
     c = dict.fromkeys(ARKIT_NAMES, 0.0)
-    # A second pattern comes in two faces of five, else with strength 0.
+    # Two faces in five have a second pattern. For the others its strength is 0.
     for strength in (rng.uniform(0.3, 1.1), rng.uniform(0.2, 0.8) * (rng.random() < 0.4)):
         pattern = EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
         if rng.random() < 0.5:
-            pattern = mirror(pattern)
+            pattern = {MIRRORED.get(name, name): value for name, value in pattern.items()}
         for name, value in pattern.items():
             c[name] = max(c[name], value * strength * rng.uniform(0.8, 1.2))
     for name in rng.choice(ARKIT_NAMES, rng.integers(1, 6), replace=False):
@@ -730,7 +708,7 @@ def sample_expression(rng: np.random.Generator) -> dict:
     # One side of the face is stronger than the other, and every action varies a little.
     tilt = rng.normal(0, 0.15)
     for name in ARKIT_NAMES:
-        c[name] *= 1 + tilt * SIDES.get(name, 0) + rng.normal(0, 0.08)
+        c[name] *= 1 + tilt * SIGN_OF_SIDE.get(name, 0) + rng.normal(0, 0.08)
 
     # The two eyes turn together. Closed eyes show no gaze, no widening and no squint.
     x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
@@ -740,77 +718,76 @@ def sample_expression(rng: np.random.Generator) -> dict:
         if name.startswith(("eyeLook", "eyeWide", "eyeSquint")):
             c[name] *= 1 - c["eyeBlinkLeft" if name.endswith("Left") else "eyeBlinkRight"]
 
-    # Opposite actions cancel in a drawing as in a face: the weaker one gives way.
+    # Opposite actions cancel out, in a drawing as in a face, so the weaker one is set to 0.
     for pair in OPPOSITES:
         c[min(pair, key=c.get)] = 0.0
     c["mouthClose"] = min(c["mouthClose"], c["jawOpen"])  # ARKit: closes the lips over an open jaw
     return {name: round(min(max(0.0, value), 1.0), 3) for name, value in c.items()}
 
-def make_demo(folder: Path, args: argparse.Namespace) -> None:
-    """Draws the demo, 20 faces a person: train.jsonl, val.jsonl of one person in twelve, who is not
-    in training, and shift.jsonl with the faces of val.jsonl in another drawing style."""
-    records = []
+def save_face(record: dict, style: str) -> None:
+    """Draws the face of a record into the file of its image."""
+    draw_face(record["coefficients"], record["identity"], style=style).save(record["image"])
+
+def make_demo(folder: Path, args: Namespace) -> None:
+    """Draws the demo, 20 faces per person: train.jsonl, val.jsonl with one twelfth of the people,
+    none of them in train.jsonl, and shift.jsonl, the faces of val.jsonl in another drawing style.
+    """
+    records, real_folder = [], folder.resolve()
     for index in range(args.demo):
-        person = args.seed * 10_000 + index // 20  # each seed has people of its own
+        person = args.seed * 10_000 + index // 20  # each seed has its own people
         coefficients = sample_expression(np.random.default_rng([args.seed, index]))
-        records.append({"identity": f"id{person:03d}", "coefficients": coefficients})
+        records.append({"identity": f"id{person:03d}", "coefficients": coefficients,
+                        "image": f"{real_folder}/images/{index:06d}.png"})
     people = args.demo // 20
-    first = 20 * (people - people // 12)  # the first face of the people held out
-    drawn = draw_all(records, folder / "images")
-    shift = draw_all(records[first:], folder / "images_comic", "comic")
-    write_records(folder / "train.jsonl", drawn[:first], args)
-    write_records(folder / "val.jsonl", drawn[first:], args)
+    first = 20 * (people - people // 12)  # index of the first held-out face
+    shift = [{**record, "image": f"{real_folder}/images_comic/{index:06d}.png"}
+             for index, record in enumerate(records[first:])]
+
+    # Draw on all cores. The workers ignore Ctrl-C, which the main process answers in one line.
+    for name in ("images", "images_comic"):
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+    styles = len(records) * ["cartoon"] + len(shift) * ["comic"]
+    with ProcessPoolExecutor(None, None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        drawn = pool.map(save_face, records + shift, styles, chunksize=64)
+        list(tqdm(drawn, "drawing", len(styles), disable=None))
+    write_records(folder / "train.jsonl", records[:first], args)
+    write_records(folder / "val.jsonl", records[first:], args)
     write_records(folder / "shift.jsonl", shift, args)
     print(f"next: python distill.py --data {folder / 'train.jsonl'}")
 
-# ---- The stage itself ----------------------------------------------------------------------------
-def main(args: argparse.Namespace) -> None:
-    """Draws the demo, or describes the records of every INPUT."""
-    # 240 faces are of 12 people, one of them for validation.
-    for name, least in {"demo": 240, "every": 1, "batch_size": 1, "limit": 1, "seed": 0}.items():
-        value = getattr(args, name)
-        if value < least:
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    if args.frames and len(args.inputs) != 1:
-        raise SystemExit(f"--frames {args.frames} belongs to one INPUT; annotate one after another")
-    if not args.inputs:
+# ---- Main ----------------------------------------------------------------------------------------
+def main(args: Namespace) -> None:
+    """Draws the demo, or reads INPUT, draws its contact sheet and writes its annotated records."""
+    if not args.input:
         return make_demo(Path(args.out or "data/demo"), args)
-
-    inputs, counts = [Path(name) for name in args.inputs], Counter()
-    parts = (read_records(path, args, counts) for path in inputs)
-    records = list(islice(chain.from_iterable(parts), args.limit))
-    if not records:
-        raise SystemExit(f"{', '.join(args.inputs):.200}: no usable record {dict(counts)}")
-
-    # Whatever is read must not be overwritten, under whatever spelling.
-    out = Path(args.out or inputs[0].with_suffix(".avatars" if args.render else ".annotated.jsonl"))
-    images = out / "images"
-    if args.render:
-        out = out / "records.jsonl"
-    used = {path.resolve() for path in inputs}
-    used |= {Path(record["image"]).resolve().parent for record in records if record["image"]}
-    if out.is_dir() or used & {out.resolve(), images.resolve()}:
-        raise SystemExit(f"{out} is a folder, an INPUT or holds the pictures of one, which would "
-                         "be overwritten; choose another --out")
-
-    if args.render:
-        records = draw_all(records, images)
-    write_records(out, records, args)
+    path, counts = Path(args.input), Counter()
+    records = read_records(path, args, counts)
     for what, count in counts.items():
         print(f"{count} {what}")
-    if not all(record["image"] for record in records):
-        print("to train on these, give their pictures with --frames")
-    elif not args.render:
-        print(f"next: python distill.py --data {out}")
+    if not records:
+        raise ValueError(f"{path}: no usable record")
+
+    # Never overwrite an input, however its path is spelled.
+    out = args.out or (None if args.sheet else path.with_suffix(".annotated.jsonl"))
+    used = {os.path.realpath(path), *(record["image"] for record in records.values())}
+    for output in filter(None, (out, args.sheet)):
+        if os.path.isdir(output) or os.path.realpath(output) in used:
+            raise ValueError(f"{output} is a folder, INPUT or one of its pictures, which would be "
+                             "overwritten; choose another file")
+
+    if args.sheet:
+        draw_sheet(args.sheet, records)
+    if out:
+        write_records(Path(out), list(records.values()), args)
+        if all(record["image"] for record in records.values()):
+            print(f"next: python distill.py --data {out}")
+        else:
+            print("to train on these records, give their pictures with --frames")
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except RuntimeError as error:  # of torch, which is here with --llm only
-        if "out of memory" not in str(error):
-            raise
-        raise SystemExit("out of GPU memory; lower --batch-size, then --resume goes on")
-    except OSError as error:  # a folder in place of a file, no right to write, a full disk
-        raise SystemExit(f"{error}; name another file or folder")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error).partition("\n")[0][:400])
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; with --llm, --resume goes on, else start again")
+        sys.exit("interrupted; add --resume to continue an --llm run, else run it again")
