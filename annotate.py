@@ -48,7 +48,7 @@ ARKIT_NAMES = """
     browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft
     cheekSquintRight noseSneerLeft noseSneerRight tongueOut""".split()
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
-# Extensions of pictures. Pillow cannot open .heic: listed here, it gives an error, not a gap.
+# Pillow cannot open .heic. Listing it turns a silent skip into an error.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 EXPECTED = ("give a Live Link Face take (.csv), MediaPipe results (.json) or a .jsonl with one "
             'line of {"image": "a.png", "coefficients": {"jawOpen": 0.1, ... all 52}} per face')
@@ -213,7 +213,7 @@ def classify(levels: dict) -> tuple[str, str]:
 
 def describe(coefficients: dict) -> dict:
     """Describes a face in four fields, given its 52 coefficients (name -> 0..1). All fields come
-    from the same levels, so they cannot contradict each other or the numbers."""
+    from the same levels, so they agree with each other and with the coefficients."""
     levels = {name: bisect(BANDS, value) for name, value in coefficients.items()}
     category, implication = classify(levels)
     words = [category, movements(levels), implication, symmetry(levels)]
@@ -227,7 +227,7 @@ region, with their intensity), "emotional_implication" (the emotion that they su
 "symmetry" (whether both sides of the face move alike). Active coefficients: """
 
 def read_answer(text: str) -> dict | None:
-    """Returns the four fields of a chat model's answer, or None if they are not all there."""
+    """Returns the four fields of a chat model's answer, or None if one is missing."""
     try:
         words = json.loads(text[text.index("{"):text.rindex("}") + 1])
         words = {field: " ".join(words[field].split()) for field in FIELDS}
@@ -236,7 +236,7 @@ def read_answer(text: str) -> dict | None:
     return words if all(words.values()) else None
 
 def ask_llm(model, tokenizer, faces: list[dict]) -> list[dict | None]:
-    """Has a chat model describe faces (name -> 0..1). A face without a valid answer gets None."""
+    """Asks a chat model to describe faces (name -> 0..1). Returns None for an invalid answer."""
     chats = []
     for face in faces:
         active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
@@ -267,8 +267,10 @@ def describe_by_llm(records: list[dict], args: Namespace) -> Iterator[tuple]:
     for start in range(0, len(records), args.batch_size):
         faces = [record["coefficients"] for record in records[start:start + args.batch_size]]
         for face, words in zip(faces, ask_llm(model, tokenizer, faces)):
-            rules = describe(face), f"rules, since {args.llm} gave no valid answer"
-            yield (words, args.llm) if words else rules
+            if words:
+                yield words, args.llm
+            else:
+                yield describe(face), f"rules, since {args.llm} gave no valid answer"
 
 # ---- Files ---------------------------------------------------------------------------------------
 # infer.py has copies of list_pictures and complete_lines.
@@ -307,7 +309,7 @@ def standardize(pairs: list[tuple], counts: Counter) -> dict:
             raise ValueError(f"{name:.40} is {value!r:.40}, expected 0 to 1{advice}")
         name = canonical(name)
         if name in values:
-            raise ValueError(f"{name} comes twice, perhaps in another spelling; expected it once")
+            raise ValueError(f"{name} comes twice, maybe in two spellings; expected it once")
         values[name] = min(max(0.0, value), 1.0)
     if "tongueOut" not in values:  # MediaPipe and others do not track it
         values["tongueOut"] = 0.0
@@ -393,7 +395,7 @@ def read_records(path: Path, args: Namespace, counts: Counter) -> dict:
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{place}: cannot use {item!r:.80} ({error!r:.60}); {EXPECTED}")
 
-    # Pair each row with its frame. Only their order connects them, so their numbers must agree.
+    # Pair each row with its frame. They are matched by order alone, so there must be equally many.
     if args.frames:
         frames = list_pictures(Path(args.frames))
         if len(frames) != len(items):
@@ -404,7 +406,8 @@ def read_records(path: Path, args: Namespace, counts: Counter) -> dict:
     return records
 
 def write_records(path: Path, records: list[dict], args: Namespace) -> None:
-    """Describes records and writes each one at once, to PATH.partial until all are done."""
+    """Describes records and writes each as soon as it is ready. The file is named PATH.partial
+    until it is complete."""
     unfinished, folder = path.with_name(path.name + ".partial"), path.parent.resolve()
     folder.mkdir(parents=True, exist_ok=True)
 

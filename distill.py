@@ -61,8 +61,8 @@ FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "s
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # each coefficient is written with one decimal
 PROMPT = "Describe the facial muscle movements, then give the 52 ARKit coefficients as JSON."
 DEMO = "data/demo/train.jsonl"  # drawn if it is missing
-KINDS = ["qwen2_5_vl", "qwen3_vl"]  # the model types that can be trained
-IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # Pillow may open these
+KINDS = ["qwen2_5_vl", "qwen3_vl"]  # model types that can be trained
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
 
 # Defaults that depend on the model: the demo's tiny one, a pretrained one.
 DEFAULTS = {
@@ -75,9 +75,9 @@ DEFAULTS = {
 ADAMW = {"betas": (0.9, 0.98), "weight_decay": 0.05, "fused": True}
 WARMUP_STEPS = 30  # steps of learning-rate warm-up
 SAVE_STEPS = 100  # steps between two saves, each with a line in the log
-VAL_RECORDS = 64  # for the validation loss, which only monitors the run: evaluate.py measures
+VAL_RECORDS = 64  # for the validation loss, which only monitors the training
 LOADERS, BATCHES_AHEAD = 2, 4  # threads that read pictures, and batches they read ahead
-LOSS_LOGITS = 2**27  # logits held in memory at once: 0.5 GB, as Qwen has 151,936 tokens
+LOSS_LOGITS = 2**27  # logits held in memory at once: 0.5 GB, or 883 tokens of Qwen's vocabulary
 IGNORE_INDEX = -100  # the label of a token that is not supervised
 LORA_SCALE = 2  # alpha / r, so PEFT's lora_alpha is twice the rank
 # The modules that get a LoRA: all linear layers of the language model.
@@ -99,12 +99,12 @@ def parse_args(argv=None) -> Namespace:
     length.add_argument("--epochs", type=float, help="passes over the records, instead of --steps")
     add("--batch-size", type=int, default=8, help="images per pass and GPU (default %(default)s)")
     add("--grad-accum", type=int, default=1, help="passes per optimizer step (default %(default)s)")
-    add("--lr", type=float, help="peak learning rate; use about 1e-5 for all weights of a 4B model")
+    add("--lr", type=float, help="peak learning rate; about 1e-5 for all weights of a 4B model")
     add("--lora-rank", type=int, help="0 trains all weights of the language model")
     add("--max-pixels", type=int, help="shrink larger pictures to this area")
     add("--checkpointing", action=switch, help="recompute activations to save memory")
     add("--compile", action=switch, help="compile the decoder layers (default: on a GPU, not tiny)")
-    add("--replace-words", action=switch, help="make some words wrong (default: tiny, semantic)")
+    add("--replace-words", action=switch, help="replace some words (default: tiny and semantic)")
     add("--resume", action="store_true", help="continue the run in --out with its own settings")
     add("--seed", type=int, default=0, help="for weights, order and words (default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
@@ -113,7 +113,8 @@ def parse_args(argv=None) -> Namespace:
     # Some defaults depend on other flags, so those are parsed first.
     args, _ = parser.parse_known_args(argv)
     is_tiny, on_gpu = args.model == "tiny", args.device.startswith("cuda")
-    parser.set_defaults(**{name: values[not is_tiny] for name, values in DEFAULTS.items()})
+    for name, (tiny, pretrained) in DEFAULTS.items():
+        parser.set_defaults(**{name: tiny if is_tiny else pretrained})
     parser.set_defaults(compile=on_gpu and not is_tiny, dtype="bfloat16" if on_gpu else "float32",
                         replace_words=is_tiny and args.supervision == "semantic")
     args = parser.parse_args(argv)
@@ -135,7 +136,7 @@ NUMBERS = "{" + ", ".join(f'"{name[0].upper()}{name[1:]}": <{name}>' for name in
 ANSWERS = {"semantic": f"{WORDS}\n\n{NUMBERS}",  # the paper's order
            "numbers-first": f"{NUMBERS}\n\n{WORDS}", "numeric": NUMBERS}
 
-# infer.py has copies of the answers above and of the next three functions: scripts share no code.
+# infer.py has copies of the above and of the next three functions, since no script imports another.
 def answer_skeleton(supervision: str) -> list[tuple]:
     """Returns the answer as (fixed text, slot that follows it) pairs. The last slot is None."""
     *parts, end = re.split("<(.+?)>", ANSWERS[supervision])  # text, slot, text, slot, ..., text
@@ -162,12 +163,12 @@ class FaceDataset:
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
         self.supervision = args.supervision
         token_side = image_processor.patch_size * image_processor.merge_size  # pixels
-        # Areas in pixels, although the library calls them edges.
+        # Despite their names, these are areas in pixels.
         self.size = {"shortest_edge": token_side ** 2, "longest_edge": args.max_pixels}
 
     def encode(self, record: dict, image_tokens: int) -> dict:
-        """Encodes prompt and answer. Returns input_ids, labels and is_word, which marks the words
-        before the numbers, (T,) each."""
+        """Encodes prompt and answer. Returns input_ids, labels and is_word, (T,) each. is_word
+        marks the words before the numbers, for replace_words."""
         texts, is_word = [prompt_text(PROMPT, image_tokens)], [False]
         for fixed_text, slot in answer_skeleton(self.supervision):
             if slot in FIELDS:
@@ -190,13 +191,13 @@ class FaceDataset:
         return {"input_ids": input_ids, "labels": labels, "is_word": is_word}
 
     def example(self, index: int) -> dict:
-        """Returns the example at `index` or, if its picture is damaged, the next usable one."""
+        """Returns the example at `index` or, if its picture is damaged, the next readable one."""
         for record in chain(self.records[index:], self.records[:index]):
             try:
                 image = open_image(record["image"])
                 # pixel_values (P, .) and image_grid_thw (1, 3)
                 pixels = self.image_processor([image], size=self.size, return_tensors="pt")
-            except Exception as error:  # Pillow raises a dozen types on damaged files
+            except Exception as error:  # Pillow raises many types on damaged files
                 print(f"left out: {record['image']} ({error})", flush=True)
                 continue
             patches = int(pixels["image_grid_thw"].prod())
@@ -218,6 +219,8 @@ class FaceDataset:
 def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator[dict]:
     """Yields the training batches from number `first` on, read ahead by threads. Processes would
     need shared memory, and containers often have too little of it."""
+    order, waiting = batch_order(len(dataset.records), args), deque()
+
     def read(number: int) -> dict:
         batch = dataset.batch(order[number])
         if args.replace_words:  # only for the tiny model, see its section
@@ -225,7 +228,6 @@ def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator[
             batch["input_ids"] = replace_words(batch["input_ids"], batch["is_word"], rng)
         return batch
 
-    order, waiting = batch_order(len(dataset.records), args), deque()
     with ThreadPoolExecutor(LOADERS) as pool:
         for number in range(first, len(order)):
             waiting.append(pool.submit(read, number))
@@ -246,8 +248,9 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)  # (B, T, out)
         low = F.linear(x, self.lora_A)  # (B, T, r)
-        return self.base(x) + LORA_SCALE * F.linear(low, self.lora_B)  # (B, T, out)
+        return y + LORA_SCALE * F.linear(low, self.lora_B)
 
 def add_lora(model: nn.Module, rank: int) -> None:
     """Freezes the model and wraps each linear layer of its language model in a LoraLinear."""
@@ -265,7 +268,7 @@ def answer_loss(model: nn.Module, batch: dict) -> Tensor:
     hidden = model.model(
         input_ids=batch["input_ids"], pixel_values=batch["pixel_values"],
         image_grid_thw=batch["image_grid_thw"], use_cache=False,
-        # Without this, image tokens would get the positions of text.
+        # Marks image tokens, whose positions have rows and columns (M-RoPE).
         mm_token_type_ids=(batch["input_ids"] == model.config.image_token_id).long(),
     ).last_hidden_state  # (B, T, D)
     hidden, labels = hidden[:, :-1], batch["labels"][:, 1:]  # position t predicts token t + 1
@@ -320,8 +323,8 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
                 group["lr"] = lr
 
         # Count the supervised tokens of this step over all passes and processes. Each loss is
-        # divided by that count, so losses and gradients are summed, never averaged, and the result
-        # does not depend on how a step is split up.
+        # divided by that count, and losses and gradients are summed, never averaged. So several
+        # passes or GPUs give the same gradient as one large batch.
         step_batches = list(islice(batches, args.grad_accum))
         count = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in step_batches)
         count = count.to(model.device)
@@ -410,15 +413,15 @@ def save_checkpoint(model: nn.Module, processors: list, args: Namespace) -> None
     (out / "state.pt").unlink()
 
 # ---- Records, a pretrained model -----------------------------------------------------------------
-def check_record(record: dict, supervision: str) -> None:
-    """Raises ValueError if a record cannot be learnt. Joins each text of its description into one
-    line."""
+def clean_record(record: dict, supervision: str) -> None:
+    """Joins each text of the description into one line. Raises ValueError if the record cannot be
+    trained on."""
     for name in ARKIT_NAMES:
         if not 0 <= record["coefficients"][name] <= 1:
             raise ValueError(f"{name} is {record['coefficients'][name]}")
     if not os.path.isfile(record["image"]):
         raise ValueError(f"there is no picture {record['image']}")
-    for field in FIELDS if "<symmetry>" in ANSWERS[supervision] else []:
+    for field in FIELDS if supervision != "numeric" else []:
         text = " ".join(record["description"][field].split())
         if not text or re.search(r"<\|\w+\|>", text):
             raise ValueError(f"{field} is empty or contains a special token of the model")
@@ -432,11 +435,11 @@ def read_records(path: Path, supervision: str) -> list[dict]:
             if line.strip():
                 record = json.loads(line)
                 record["image"] = os.path.join(path.parent, str(record["image"]))
-                check_record(record, supervision)
+                clean_record(record, supervision)
                 records.append(record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: {error!s:.200}; expected image, the 52 ARKit "
-                             "coefficients (0 to 1) and description, as annotate.py writes them")
+                             "coefficients (0 to 1) and description, as written by annotate.py")
     if not records:
         raise ValueError(f"{path} is empty; create records with annotate.py")
     return records
@@ -456,7 +459,7 @@ def load_base(source: str, dtype: torch.dtype) -> tuple:
         # AutoProcessor would require torchvision for video. These two do everything needed here.
         tokenizer = AutoTokenizer.from_pretrained(source)
         return model, tokenizer, Qwen2VLImageProcessorPil.from_pretrained(source)
-    except Exception as error:  # damaged files raise a dozen types
+    except Exception as error:  # damaged files raise many types
         raise ValueError(f"the model in {source} cannot be used: {error!s:.250}")
 
 def load_pretrained(args: Namespace) -> tuple:
@@ -464,14 +467,14 @@ def load_pretrained(args: Namespace) -> tuple:
     is_half = args.lora_rank and args.dtype == "bfloat16"
     model, *processors = load_base(args.model, torch.bfloat16 if is_half else torch.float32)
     if min(p.element_size() for p in model.parameters()) < 2:
-        raise ValueError(f"--model {args.model} has weights of one byte, too coarse to train")
+        raise ValueError(f"--model {args.model} has weights of one byte, which cannot be trained")
     model.model.visual.requires_grad_(False)
     if args.lora_rank:
         add_lora(model, args.lora_rank)
     if args.checkpointing:
         model.activation_checkpointing_enable()
-        # The call above makes embeddings require gradients, including those of image patches in
-        # Qwen2.5-VL. Each backward pass would go through the frozen vision encoder for nothing.
+        # The call above makes embeddings require gradients, which only reentrant checkpoints need.
+        # In Qwen2.5-VL each backward pass would then run through the frozen vision encoder.
         model.disable_input_require_grads()
     if args.compile:
         torch._dynamo.config.suppress_errors = True  # without a C compiler, warn and continue
@@ -479,14 +482,14 @@ def load_pretrained(args: Namespace) -> tuple:
             layer.compile(dynamic=True)  # one graph serves all layers and all lengths
     return model, *processors
 
-# ---- The demo's tiny model: skip this if you use a pretrained one --------------------------------
+# ---- The demo's tiny model: skip if you use a pretrained one -------------------------------------
 # It starts from random weights, so it gets its own tokenizer, an optimizer that needs fewer steps
 # than AdamW, and training answers with some wrong words.
-MUON_ROWS = 96  # rows per block; divides the rows of every matrix of the tiny model
+MUON_ROWS = 96  # rows per block, see Muon; divides the rows of every matrix of the tiny model
 # Qwen-VL's special tokens and the config fields that hold their ids.
 SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id",
            "<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id"}
-# Weights start near 1 / sqrt(width). The library's 0.02 is meant for widths in the thousands.
+# The library's initializer_range of 0.02 is meant for widths in the thousands.
 TINY_TEXT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "head_dim": 24,
              "num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.08,
              "tie_word_embeddings": True, "bos_token_id": None, "max_position_embeddings": 4096,
@@ -514,7 +517,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", *SPECIAL])
 
-    phrases = Counter()  # words with a leading comma, period or semicolon and a trailing colon
+    phrases = Counter()  # up to the next punctuation, with , . ; in front and : at the end
     for text in texts:
         phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", text))
     pieces = [PROMPT, "user\n", "assistant\n", *VALUES]
@@ -535,7 +538,7 @@ def build_tiny(records: list[dict]) -> tuple:
                    "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
         text_config=text_config, vision_config=TINY_VISION, tie_word_embeddings=True, **ids))
-    # Position embeddings start as strong as the content.
+    # Position embeddings start about as large as those of the patches.
     nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)
     return model, tokenizer, Qwen2VLImageProcessorPil(**TINY_PIXELS)
 
@@ -543,7 +546,8 @@ def replace_words(input_ids: Tensor, is_word: Tensor, rng: torch.Generator) -> T
     """Replaces words (B, T) by random words of the batch, at a rate drawn per face from U(0, 1).
 
     The labels keep the true words. If the words before the numbers were always true, the model
-    would learn the numbers from them and not from the picture. A single face stays as it is.
+    would learn the numbers from them and not from the picture. A batch of one face, which has no
+    other words to offer, is returned unchanged.
     """
     words = input_ids[is_word]  # (words,)
     if len(input_ids) == 1 or not len(words):
@@ -556,19 +560,21 @@ def replace_words(input_ids: Tensor, is_word: Tensor, rng: torch.Generator) -> T
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized updates, scaled to the size of AdamW's (arXiv 2502.16982).
 
-    Each weight is cut into blocks of MUON_ROWS rows, and each block is orthogonalized (arXiv
-    2510.16981): five Newton-Schulz steps approximate U V^T, where U S V^T is the block's singular
-    value decomposition. torch.optim.Muon does this in bfloat16, which is slow on many CPUs.
+    Each weight is cut into blocks of MUON_ROWS rows, which are cheaper (arXiv 2510.16981). Five
+    Newton-Schulz steps approximate U V^T, where U S V^T is the singular value decomposition of a
+    block. torch.optim.Muon does this in bfloat16, which is slow on many CPUs.
     """
 
     @torch.no_grad()
     def step(self) -> None:
         group = self.param_groups[0]
         for p in group["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)
-            update = p.grad.lerp(momentum, 0.95).flatten(1)  # (out, in), with Nesterov momentum
-            x = update.unflatten(0, (-1, MUON_ROWS))  # (blocks, MUON_ROWS, in)
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+            update = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
+            x = update.flatten(1)  # (out, in)
+            x = x.unflatten(0, (-1, MUON_ROWS))  # (blocks, MUON_ROWS, in)
             x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
             for _ in range(5):  # 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
                 gram = x @ x.mT  # (blocks, MUON_ROWS, MUON_ROWS)
@@ -595,29 +601,29 @@ def main(args: Namespace) -> None:
     if args.resume:
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
         vars(args).update({**state["args"], "out": args.out, "device": args.device})
-        if not hasattr(args, "answer"):
+        if not hasattr(args, "answer"):  # the first edition wrote its answers as JSON
             raise ValueError(f"{out} was trained with another answer form; train again")
     elif (out / "run.json").exists() or (out / "state.pt").exists():
         raise ValueError(f"--out {out} holds a run; choose another folder, delete this one or, if "
                          "the run is unfinished, add --resume")
 
-    # The processes of torchrun. The others wait while the first draws the demo.
+    # The processes of torchrun. The first one draws the demo if it is missing.
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.device.startswith("cuda"):
+    if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.data == DEMO and not os.path.isfile(DEMO) and args.rank == 0:
         print("drawing the demo first: python annotate.py", flush=True)
         subprocess.run([sys.executable, Path(__file__).with_name("annotate.py")])
     if args.world_size > 1:
-        dist.init_process_group()
+        dist.init_process_group()  # where the other processes wait
     transformers.utils.logging.disable_progress_bar()
 
     # Records. A resumed run must see the same ones.
     data = Path(args.data)
     checksum = zlib.crc32(data.read_bytes())
     if state and args.checksum != checksum:
-        raise ValueError(f"--resume: {data} has changed since the run began; start another")
+        raise ValueError(f"--resume: {data} has changed since the run began; start a new run")
     records, val_records = read_records(data, args.supervision), []
     val = Path(args.val or data.with_name("val.jsonl"))
     if args.val or val.is_file():
@@ -642,7 +648,7 @@ def main(args: Namespace) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
 
-    # Train and write.
+    # Train and write. What describes the run is added to its settings, for state.pt and run.json.
     people = {record.get("identity", record["image"]) for record in records}
     vars(args).update(
         answer="headings", checksum=checksum, faces=len(records), people=len(people),
@@ -650,15 +656,16 @@ def main(args: Namespace) -> None:
         torch=str(torch.__version__), transformers=transformers.__version__)
     out.mkdir(parents=True, exist_ok=True)
     if args.rank == 0:
-        print(f"from step {start}, with {len(val_records)} faces for validation:", vars(args),
-              flush=True)
+        print(f"starting at step {start}, validating on {len(val_records)} faces, settings:",
+              vars(args), flush=True)
     began = time.time()
     train(model, optimizers, FaceDataset(records, *processors, args),
           FaceDataset(val_records, *processors, args), args, start)
     if args.rank == 0:
         save_checkpoint(model, processors, args)
         if args.device != "cpu":
-            print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+            gigabytes = torch.cuda.max_memory_allocated(args.device) / 2**30
+            print(f"peak memory: {gigabytes:.1f} GiB")
         print(f"wrote {out} after {(time.time() - began) / 60:.1f} minutes\n"
               f"next: python infer.py --model {out} [PICTURES; default: the demo's]")
 

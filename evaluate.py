@@ -2,7 +2,8 @@
 """Evaluation for SemanticFace (arXiv 2603.14827): predictions + truth -> metrics with intervals.
 
 Compares predicted with true coefficients, next to baselines that see no image. Most coefficients
-are near zero, so a small MAE means little. RMSE and correlation show whether anything was seen.
+are near zero, so a small MAE means little. RMSE and correlation show whether the model uses the
+image at all.
 
 Reads:  prediction records (.jsonl) from infer.py, in one or more files, and records with the truth
 Writes: a table, a .json file with all its numbers and, with --plot, a picture
@@ -51,6 +52,7 @@ DEMO_FILES = ["predictions.jsonl", "data/demo/val.jsonl"]
 TITLE = "    MAE    RMSE  baseline  median r  r > 0.8    CCC     F1  images"
 ROW = ("%(mae)7.4f%(rmse)8.4f%(baseline)10.4f%(pearson_median)10.3f%(pearson_above_0.8)9.0f"
        "%(ccc)7.3f%(f1)7.3f%(images)8d")
+# What the table shows if no coefficient varies.
 UNDEFINED = {"pearson_median": np.nan, "pearson_above_0.8": np.nan, "ccc": np.nan}
 BLUE, GREY, INK = "#0072b2", "#aaaaaa", "#282828"
 
@@ -60,10 +62,10 @@ def parse_args(argv=None) -> Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="one or more files of predictions, then the "
-        f"truth, which a single file may omit (default: {' '.join(DEMO_FILES)})")
+        f"truth, which may be left out after a single file (default: {' '.join(DEMO_FILES)})")
     add("--train", help="records for the mean baseline (default: train.jsonl next to the truth)")
     add("--by", help="also report by the values of this field of the truth, such as identity. "
-        "Records without the field are in row None")
+        "Records without it are grouped under None")
     add("--rig", help="folder with Neutral.obj and one OBJ file per coefficient, such as "
         "jawOpen.obj: adds the mean vertex error, in the unit of these files")
     add("--plot", help="also plot the results to this file (.png)")
@@ -133,7 +135,7 @@ def intervals(predicted: dict, true: ndarray, people: list, seed: int) -> dict:
     intervals, Efron & Tibshirani 1993, Ch. 8 and 13).
     """
     names, groups = np.unique(people, return_inverse=True)  # (G,), (N,)
-    resampled = f"{len(names)} identities (people or, if not named, takes or pictures)"
+    resampled = f"{len(names)} identities (pictures without an identity count as their own)"
     if len(names) < 5:
         groups = np.arange(len(people))  # every picture is a group of its own
         resampled = f"{len(people)} pictures, since there are fewer than five identities"
@@ -233,7 +235,7 @@ def read_records(file: str) -> dict:
                 record = json.loads(line)
                 record["image"] = os.path.realpath(Path(file).parent / record["image"])
                 if record["image"] in records:
-                    raise ValueError(f"this is the second record of {record['image']}")
+                    raise ValueError(f"this is a second record of {record['image']}")
                 if not record.get("error"):
                     record["coefficients"] = to_array(record["coefficients"])
                     record["std"] = to_array(record["std"]) if record.get("std") else NO_STD
@@ -244,8 +246,9 @@ def read_records(file: str) -> dict:
     return records
 
 def match(files: list, tables: list) -> list:
-    """Returns a list of records per file, all of the same images. An image with an "error" in any
-    file is left out. Raises ValueError unless files have the images of the last one, the truth."""
+    """Returns a list of records per file, all of the same images. The last file is the truth. An
+    image with an "error" in any file is left out. Raises ValueError unless every file has exactly
+    the images of the truth."""
     images = truth = tables[-1].keys()
     for file, table in zip(files, tables):
         failed = {image for image in table if table[image].get("error")}
@@ -265,7 +268,7 @@ def stack(records: list, field: str = "coefficients") -> ndarray:
 # ---- Table and plot ------------------------------------------------------------------------------
 def compare(predicted: dict, baselines: dict, true: ndarray, by: ndarray) -> dict:
     """Returns rows of metrics by section and name. `predicted` and `baselines` hold arrays (N, C).
-    Regions, coefficients and the values of the field --by (N,) are about the first file."""
+    The rows of regions, coefficients and values of the field --by (N,) are of the first file."""
     first, *_ = predicted.values()
     rows = [("models", name, array, ...) for name, array in predicted.items()]
     rows += [("baselines", name, array, ...) for name, array in baselines.items()]
@@ -273,7 +276,7 @@ def compare(predicted: dict, baselines: dict, true: ndarray, by: ndarray) -> dic
     rows += [("by_coefficient", name, first, part) for name, part in COEFFICIENTS.items()]
     rows += [("by", value, first, by == value) for value in np.unique(by).tolist()]
 
-    # Each row compares one part of an array with the truth.
+    # Each row compares one part of an array with the truth, and the last baseline next to it.
     *_, baseline = baselines.values()
     results = {"models": {}, "baselines": {}, "by_region": {}, "by_coefficient": {}, "by": {}}
     for section, name, array, part in rows:
@@ -284,7 +287,7 @@ def compare(predicted: dict, baselines: dict, true: ndarray, by: ndarray) -> dic
     return results
 
 def print_report(results: dict) -> None:
-    """Prints all results but those of the 52 coefficients, which would bury the others."""
+    """Prints all results but those of the 52 coefficients, which would swamp the others."""
     print(results["images"], "pictures,", results["errors"], "without prediction and left out")
     print(f"{'':24s}{TITLE}")
     for section in ("models", "baselines", "by_region", "by"):
@@ -333,15 +336,15 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
 # ---- Main ----------------------------------------------------------------------------------------
 def main(args: Namespace) -> None:
     """Runs the stage: reads, matches, compares, writes, prints."""
-    # Files that are not named are the demo's. No output may be an input.
+    # Missing files default to the demo's. No output may be an input.
     files = args.files + DEMO_FILES[len(args.files):]
     train_file = args.train or str(Path(files[-1]).with_name("train.jsonl"))
     for path in filter(None, (args.out, args.plot)):
         if os.path.realpath(path) in map(os.path.realpath, (*files, train_file)):
-            raise ValueError(f"{path} is read and would be overwritten; name another file")
+            raise ValueError(f"{path} is an input and would be overwritten; name another file")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
-    # Read what is compared, and what the last baseline knows.
+    # Read predictions, truth and, for the mean baseline, the training records.
     tables = [read_records(file) for file in files]
     *runs, truth = match(files, tables)
     true = stack(truth)  # (N, C)
@@ -365,14 +368,14 @@ def main(args: Namespace) -> None:
     results |= {"images": len(tables[-1]), "errors": len(tables[-1]) - len(truth),
                 "predictions": files[:-1], "truth": files[-1]}
 
-    # Write before printing, which a closed pipe would end.
+    # Write first, since printing ends if the output is piped to head.
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         draw_plot(results, predicted[files[0]], true).save(args.plot, "PNG")
     print_report(results)
-    known = set(people) & {str(record.get("identity", "")) for record in train}
-    if known:
-        print(len(known), "of", len(set(people)), "people are also in the training records: "
+    trained_on = set(people) & {str(record.get("identity", "")) for record in train}
+    if trained_on:
+        print(len(trained_on), "of", len(set(people)), "people are also in the training records: "
               "this is not a result across identities")
     print("every number is in", args.out)
     print("next: python annotate.py", files[0], "--sheet faces.png")

@@ -2,8 +2,8 @@
 """Inference for SemanticFace (arXiv 2603.14827): images -> description and 52 ARKit coefficients.
 
 The fixed texts of an answer are fed to the model, so every answer is complete. The model writes the
-words, and for each coefficient gives a distribution over 0.0, 0.1, ..., 1.0. Its mean is reported
-(RAIL, arXiv 2403.04182), with its standard deviation.
+words, and for each coefficient gives a distribution over 0.0, 0.1, ..., 1.0. We report its mean
+(RAIL, arXiv 2403.04182) and its standard deviation.
 
 Reads:  pictures, folders of pictures or .jsonl records with an "image", and a run of distill.py or,
         with --prompt, any Qwen-VL or PEFT adapter for one, such as the authors'
@@ -56,15 +56,15 @@ FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "s
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # each coefficient is written with one decimal
 # Model types whose cache can be cropped. qwen3_5 has recurrent layers, so it is not among them.
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
-IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # Pillow may open these
-# Pillow cannot open .heic, but as it is listed here, it gives an error and not a silent gap.
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
+# Pillow cannot open .heic. Listing it turns a silent skip into an error.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 # The last columns of a Live Link Face take, which are not predicted.
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
 FIELD_TOKENS, WORDS_TOKENS = 150, 600  # limits of one field, and of all words in one text
 AUTHORS_PIXELS = 1024 * 32 * 32  # for checkpoints trained elsewhere: 1024 image tokens
-# What the config of a plain LoRA adapter may hold.
+# The config of a plain LoRA. With any other value the adapter would do something else than W + B A.
 UNSET = [None, False, {}, [], "none"]
 PLAIN_LORA = {
     "peft_type": ["LORA"],
@@ -83,16 +83,16 @@ def parse_args(argv=None) -> Namespace:
     add("inputs", nargs="*", metavar="INPUT", default=["data/demo/val.jsonl"],
         help="pictures, folders of them or .jsonl records (default: the demo's held-out faces)")
     add("--model", default="runs/demo", help="checkpoint, adapter or hub id (default %(default)s)")
-    add("--base", help="base model of an adapter, if the path in its config does not exist here")
-    add("--prompt", help="prompt of a checkpoint trained elsewhere: a text file, or a .jsonl whose "
-        "first record has messages. A text may begin with a system prompt and a line ---, such as "
-        "Qwen2.5-VL's 'You are a helpful assistant.'")
+    add("--base", help="base model of an adapter, if the one in its config does not exist here")
+    add("--prompt", help="prompt of a checkpoint trained elsewhere: a .jsonl whose first record "
+        "has messages, or a text file. A system prompt, such as Qwen2.5-VL's 'You are a helpful "
+        "assistant.', comes first in the text file, then a line ---, then the prompt")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
     add("--csv", help="also write a Live Link Face take with a row per usable picture")
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
     add("--plot", help="also draw a chart of each picture into this folder")
     add("--estimate", choices=["mean", "mode"], default="mean",
-        help="what to report of each distribution, mode is greedy (default %(default)s)")
+        help="value to report: the mean, or the mode, which is greedy (default %(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
     add("--batch-size", type=int, default=32, help="pictures per batch (default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
@@ -125,7 +125,7 @@ class State:
         self.mask = inputs["attention_mask"]  # (B, T), 0 where a token is padding
         output = model.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.last = output.last_hidden_state[:, -1:]  # (B, 1, D)
-        # An image takes fewer positions than tokens. The call has left the difference here.
+        # An image takes fewer positions than tokens. The call above has stored the difference.
         self.offset = model.model.rope_deltas  # (B, 1)
 
     def feed(self, ids: Tensor, mask: Tensor | int = 1) -> Tensor:
@@ -134,7 +134,7 @@ class State:
         positions = self.mask.cumsum(dim=1)[:, -ids.shape[1]:] - 1 + self.offset  # (B, n)
         hidden = self.model.model(
             input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
-            position_ids=positions.expand(3, -1, -1),  # text has one for time, height and width
+            position_ids=positions.expand(3, -1, -1),  # text has the same on all three axes
         ).last_hidden_state  # (B, n, D)
         self.last = hidden[:, -1:]
         return hidden
@@ -147,8 +147,8 @@ class State:
 def decode_text(state: State, tokenizer, stop: str, limit: int) -> list[str]:
     """Decodes one text per answer, greedily, one token per step for all answers.
 
-    A text is over at the end token, at a token that contains `stop`, or after `limit` tokens. That
-    token is not fed, but what it holds before `stop` belongs to the text.
+    A text ends at the end token, at a token that contains `stop`, or after `limit` tokens. An end
+    token, or one with `stop`, is not fed, but any text before `stop` is kept.
     """
     over = re.compile(f"{re.escape(stop)}|{re.escape(tokenizer.eos_token)}")
     is_open, columns = torch.ones_like(state.mask[:, :1]), []  # (B, 1)
@@ -159,7 +159,7 @@ def decode_text(state: State, tokenizer, stop: str, limit: int) -> list[str]:
                                             for token in tokenizer.batch_decode(ids)])
         if not is_open.any():
             break
-        state.feed(ids, is_open)  # padding, where a text is over
+        state.feed(ids, is_open)  # where a text has ended, this is padding
     texts = tokenizer.batch_decode(torch.cat(columns, dim=1))
     return [over.split(text)[0].strip() for text in texts]
 
@@ -172,7 +172,7 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
         feed 0.2, 0.5, 0.0 -> it chooses 0.2, 0.5, 0.1
         feed 0.2, 0.5, 0.1 -> it chooses the same again, so this is the greedy answer
 
-    A choice is greedy if all numbers before it were. So each pass makes at least one more number
+    A choice is final if all numbers fed before it are. So each pass makes at least one more number
     final, and the loop ends. `pieces` are the (token ids, name) pairs of the block, `value_ids`
     (11, L) the tokens of VALUES. Returns distributions (B, C, 11) and greedy choices (B, C).
     """
@@ -215,8 +215,8 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     is_one = units.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
 
-    # Where "1" was fed, the tenths after "0." are unknown. All of the probability of "0" then
-    # counts as 0.9, the value next to 1.0.
+    # Where "1" is chosen, it is also fed, so the tenths after "0." are unknown. All probability of
+    # "0" then counts as 0.9, the value next to 1.0.
     zero, one = units.softmax(dim=-1).split(1, dim=-1)  # (B, C, 1) each
     tenths = tenths.softmax(dim=-1)
     tenths[is_one] = torch.eye(10, device=tenths.device)[9]
@@ -253,7 +253,7 @@ def decode_answers(predictor: "Predictor", inputs: dict) -> tuple:
 
 def read_headings(text: str) -> dict | None:
     """Reads the four fields from a text with four numbered headings, such as "1. **Category**: joy"
-    or "**1. Category**" with the text below. Returns None if they are not all there."""
+    or "**1. Category**" with the text below. Returns None if one is missing."""
     text = re.sub(r"\*\*|```\w*", "", text)
     sections = re.split(r"(?m)^\W*[1-4][.)]", text)[1:]  # \W* matches, for example, "### "
     if len(sections) != len(FIELDS):
@@ -304,7 +304,7 @@ def load_base(source: str, dtype: torch.dtype) -> tuple:
         # AutoProcessor would require torchvision for video. These two do everything needed here.
         tokenizer = AutoTokenizer.from_pretrained(source)
         return model, tokenizer, Qwen2VLImageProcessorPil.from_pretrained(source)
-    except Exception as error:  # damaged files raise a dozen types
+    except Exception as error:  # damaged files raise many types
         raise ValueError(f"the model in {source} cannot be used: {error!s:.250}")
 
 def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
@@ -312,13 +312,13 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
     """Loads a run of distill.py or, with `prompt_file`, any Qwen-VL or adapter for one.
 
     `base` replaces the base model that an adapter names. Raises ValueError if the checkpoint is
-    unfinished, damaged, or of a kind that would give wrong numbers.
+    unfinished, damaged, or of an unsupported kind.
     """
     folder = Path(model_dir)
     run = {"supervision": None, "max_pixels": AUTHORS_PIXELS, "system": ""}
     if (folder / "run.json").is_file():
         run |= json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if run.get("answer") != "headings":
+        if run.get("answer") != "headings":  # the first edition wrote its answers as JSON
             raise ValueError(f"{folder} was trained with another answer form; train again")
     elif not prompt_file:
         raise ValueError(f"--model {folder} holds no finished run; train one with python distill.py"
@@ -338,7 +338,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
 def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
     """Loads the base model of a PEFT adapter and adds alpha / r B A to its weights (LoRA, arXiv
     2106.09685, Eq. 3). Raises ValueError unless the adapter is plain LoRA and every tensor fits,
-    since anything else would be wrong in silence."""
+    since anything else would silently give wrong results."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         model, *processors = load_base(base or config["base_model_name_or_path"], dtype)
@@ -349,17 +349,21 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
         updates = load_file(folder / "adapter_model.safetensors")
         stems = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in updates}
         weights, empty = dict(model.named_parameters()), torch.empty(0)
-        for stem in sorted(stems) or ["no tensor at all"]:
+        if not updates:
+            raise ValueError("it is empty")
+        for stem in sorted(stems):
             low = updates.get(f"{stem}.lora_A.weight", empty).float()  # (r, in)
             high = updates.get(f"{stem}.lora_B.weight", empty).float()  # (out, r)
             weight = weights.get(stem.removeprefix("base_model.model.") + ".weight", empty)
             is_pair = high.shape[1:] == low.shape[:1]
             fits = is_pair and high.shape[:1] + low.shape[1:] == weight.shape
-            # Embeddings and lm_head share a weight, and one byte is too coarse to add to.
-            if not fits or weight.element_size() < 2 or re.search("embed_tokens|lm_head", stem):
+            # lm_head and the embeddings are one weight, which would change both. Weights of one
+            # byte are too coarse to add to.
+            is_tied = re.search("embed_tokens|lm_head", stem)
+            if not fits or is_tied or weight.element_size() < 2:
                 raise ValueError(f"{stem} is not plain LoRA of a weight of this base; {MERGE}")
             weight.copy_(weight.float() + config["lora_alpha"] / len(low) * high @ low)
-    except Exception as error:  # damaged files raise a dozen types
+    except Exception as error:  # damaged files raise many types
         raise ValueError(f"adapter {folder} (--base sets its base model): {error}")
     return model, *processors
 
@@ -400,7 +404,7 @@ def predict(predictor: Predictor, images: list, estimate: str = "mean") -> list[
     PIL pictures. An unusable picture gets a record with "error" and null coefficients."""
     processor = predictor.image_processor
     token_side = processor.patch_size * processor.merge_size  # pixels
-    # The library calls them edges, but these are areas in pixels.
+    # Despite their names, these are areas in pixels.
     size = {"shortest_edge": token_side ** 2, "longest_edge": predictor.max_pixels}
     records, pixels = [], []
     for source in images:
@@ -413,7 +417,7 @@ def predict(predictor: Predictor, images: list, estimate: str = "mean") -> list[
                 record["image"] = str(source)
                 picture = open_image(source)
             pixels.append(processor([picture], size=size, return_tensors="pt"))
-        except Exception as error:  # Pillow raises a dozen types on damaged files
+        except Exception as error:  # Pillow raises many types on damaged files
             record["error"] = f"{type(error).__name__}: {error}"
     if not pixels:
         return records
@@ -477,8 +481,8 @@ def complete_lines(path: Path) -> list[bytes]:
 def predict_all(predictor: Predictor, names: list, args: Namespace) -> list[dict]:
     """Predicts pictures, named by their paths relative to the folder of --out. Returns the records.
     Under torchrun each process predicts a share, and only the first returns records."""
-    # Each process appends to its own part. The part is named after all that decides what is in it,
-    # so that only a run of the same pictures and settings continues it.
+    # Each process appends to its own part. A checksum of settings and pictures is in its name, so
+    # that only the same command continues it.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     settings = [args.model, args.base, args.prompt, args.estimate, world_size, names]
     stem = f"{args.out}.{zlib.crc32(repr(settings).encode()):08x}"
@@ -520,14 +524,16 @@ def write_livelink(path: Path, records: list[dict], fps: int) -> None:
         for k, record in enumerate(records):
             if record["error"]:
                 continue
-            seconds, ticks = divmod(round(60_000 * k / fps), 60_000)  # thousandths of a sixtieth
+            # A second has 60,000 ticks, which are thousandths of a sixtieth.
+            seconds, ticks = divmod(round(60_000 * k / fps), 60_000)
             clock = f"{timedelta(seconds=seconds)!s:0>8}:{ticks // 1000:02d}.{ticks % 1000:03d}"
             values = [record["coefficients"][name] for name in ARKIT_NAMES]
             numbers = [f"{value:.10f}" for value in values + [0] * len(ANGLES)]
             writer.writerow([clock, len(numbers), *numbers])
 
 def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
-    """Draws the photo, the description, and a bar per strong action with its standard deviation."""
+    """Draws the photo, the description, and a bar with its standard deviation for each of the 24
+    strongest actions."""
     chart = Image.new("RGB", (1200, 1080), "white")
     draw, font = ImageDraw.Draw(chart), ImageFont.load_default(16)
 
@@ -538,7 +544,7 @@ def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
     paragraphs = "\n\n".join(textwrap.fill(text, 62) for text in words)
     draw.text((40, 60 + photo.height), paragraphs, INK, font, spacing=5)
 
-    # Right: a bar for each of the strongest actions, 340 pixels long for 1.
+    # Right: the bars, 340 pixels long for 1.
     strongest = sorted(record["coefficients"].items(), key=itemgetter(1), reverse=True)
     for row, (name, value) in enumerate(strongest[:24]):
         y, std = 60 + 41 * row, record["std"][name]
@@ -556,12 +562,12 @@ def main(args: Namespace) -> None:
     if out.is_dir() or os.path.realpath(out) in map(os.path.realpath, args.inputs):
         raise ValueError(f"--out {out} is a folder or an INPUT, and would be overwritten; choose "
                          "another file")
-    if args.device.startswith("cuda"):
+    if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     logging.disable_progress_bar()
 
-    # A picture given twice, however its path is spelled, gets one record but two frames. Symlinks
-    # are resolved first, because ".." after a link would lead elsewhere.
+    # A picture is named by its path from the folder of --out. Symlinks are resolved first, because
+    # ".." after a link would lead elsewhere. A picture given twice has one record and two frames.
     frames = []
     for image in list_images(args.inputs):
         name = os.path.relpath(os.path.realpath(image), out.parent.resolve())
@@ -571,11 +577,11 @@ def main(args: Namespace) -> None:
     predictor = load(args.model, args.device, args.dtype, args.prompt, args.base)
     records = predict_all(predictor, [*dict.fromkeys(frames)], args)
     if not records:
-        return  # the first process reports
+        return  # only the first process reports
 
     failed = [record for record in records if record["error"]]
     for record in failed[:5]:
-        print("no prediction:", record["image"], record["error"])
+        print(f"failed: {record['image']}: {record['error']}")
     print(f"wrote {out}: {len(records) - len(failed)} predictions, {len(failed)} failures")
     if args.csv:
         by_name = {record["image"]: record for record in records}
