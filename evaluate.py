@@ -378,7 +378,7 @@ def main(args: Namespace) -> None:
         print(len(trained_on), "of", len(set(people)), "people are also in the training records: "
               "this is not a result across identities")
     print("every number is in", args.out)
-    print("next: python annotate.py", files[0], "--sheet faces.png")
+    print("next: python annotate.py", files[0], "--sheet faces.jpg")
 
 if __name__ == "__main__":
     try:
