@@ -48,7 +48,7 @@ ARKIT_NAMES = """
     browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft
     cheekSquintRight noseSneerLeft noseSneerRight tongueOut""".split()
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
-# Pillow cannot open .heic. Listing it turns a silent skip into an error.
+# Pillow cannot open .heic. It is listed so that it is reported instead of silently skipped.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 EXPECTED = ("give a Live Link Face take (.csv), MediaPipe results (.json) or a .jsonl with one "
             'line of {"image": "a.png", "coefficients": {"jawOpen": 0.1, ... all 52}} per face')
@@ -59,11 +59,11 @@ CELL = 160  # side of a picture on the contact sheet, pixels
 BANDS = [0.15, 0.4, 0.7]
 ACTIVE = BANDS[0]
 ADVERBS = ["", "slightly", "moderately", "strongly"]
-# The prefix of an emotion, by the level of its strongest action. It is empty for a moderate one.
+# The prefix of an emotion, by the level of its strongest action. A moderate emotion has none.
 DEGREES = ["", "slight ", "", "strong "]
-# What to say about each action, with an adverb in place of *. "name_" is the pair nameLeft and
-# nameRight, which counts for symmetry. "a/b" is a direction of gaze, given by action a of the left
-# eye and action b of the right one. It does not count for symmetry.
+# What to say about each action, with an adverb in place of *. "browDown_" stands for the pair
+# browDownLeft and browDownRight, which counts for symmetry. "eyeLookOutLeft/eyeLookInRight" is a
+# direction of gaze, given by an action of each eye. It does not count for symmetry.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp_": "outer brow * raised",
               "browDown_": "brow * lowered"},
@@ -126,7 +126,7 @@ def parse_args(argv=None) -> Namespace:
 # ---- Describing by rules -------------------------------------------------------------------------
 @cache  # called for every face
 def sides(key: str) -> list[str]:
-    """Returns the ARKit names of a table key: aLeft, aRight for "a_", a, b for "a/b", else a."""
+    """Returns the ARKit names of a table key: two for a pair or a gaze, else the key itself."""
     if key.endswith("_"):
         return [key[:-1] + "Left", key[:-1] + "Right"]
     return key.split("/")
@@ -303,7 +303,7 @@ def standardize(pairs: list[tuple], counts: Counter) -> dict:
     1.053). Raises ValueError if one is missing, unknown, given twice or out of range."""
     values = {}
     for name, value in pairs:
-        is_number = type(value) in (int, float)  # True is not
+        is_number = type(value) in (int, float)  # True is an int, but of another type
         if not (is_number and -0.1 <= value <= 1.1):  # NaN is out of range, too
             advice = " (divide percentages by 100)" if is_number and value > 1.5 else ""
             raise ValueError(f"{name:.40} is {value!r:.40}, expected 0 to 1{advice}")
@@ -439,7 +439,7 @@ def write_records(path: Path, records: list[dict], args: Namespace) -> None:
 
 def draw_sheet(path: str, records: dict) -> None:
     """Draws a contact sheet of 24 records, spread evenly. Each picture is beside the face that its
-    coefficients draw, with index and expression category below."""
+    coefficients draw, with index and expression category (if it has one) below."""
     items = list(records.items())
     chosen = np.linspace(0, len(items) - 1, min(24, len(items))).round().astype(int)
     # Each record is a card of two cells, with a line of text below.
@@ -451,7 +451,7 @@ def draw_sheet(path: str, records: dict) -> None:
         try:
             picture = ImageOps.exif_transpose(Image.open(record["image"])).convert("RGB")
             card.paste(ImageOps.pad(picture, (CELL, CELL), color="#ececec"))
-        except Exception:  # a dozen types: a missing or damaged picture leaves its cell empty
+        except Exception:  # many types: a missing or damaged picture leaves its cell empty
             pass
         words = record.get("description")
         category = words.get("expression_category") if isinstance(words, dict) else ""
@@ -761,6 +761,8 @@ def make_demo(folder: Path, args: Namespace) -> None:
 # ---- Main ----------------------------------------------------------------------------------------
 def main(args: Namespace) -> None:
     """Draws the demo, or reads INPUT, draws its contact sheet and writes its annotated records."""
+    if not args.input and (args.sheet or args.frames):
+        raise ValueError("--sheet and --frames need an INPUT")
     if not args.input:
         return make_demo(Path(args.out or "data/demo"), args)
     path, counts = Path(args.input), Counter()

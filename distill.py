@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Stage II of SemanticFace (arXiv 2603.14827), language-prior semantic distillation.
 
-Fine-tunes a Qwen-VL to describe what the muscles of a face do and then write its 52 ARKit
+Fine-tunes a Qwen-VL model to describe what the muscles of a face do and then write its 52 ARKit
 coefficients. Without arguments it trains the demo's tiny model from scratch: about six minutes on
 two cores, RMSE 0.09 on people it has never seen (0.220 if it always predicted the mean).
 
@@ -123,11 +123,12 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 # ---- The answer and its supervision --------------------------------------------------------------
-# An answer with <slots>, which the model fills in. A training sequence is a prompt, then the answer
-# and its end token <|im_end|>. The prompt is not supervised:
+# A training sequence is the prompt below, an answer and the end token <|im_end|>. The prompt is not
+# supervised:
 #   <|im_start|>user
 #   <|vision_start|><|image_pad|>...<|vision_end|>Describe the ... as JSON.<|im_end|>
 #   <|im_start|>assistant
+# The model fills in the <slots> of the answer. The space before a word belongs to its token.
 WORDS = """1. **Facial Expression Category**:<expression_category>
 2. **Muscle Movements**:<muscle_movements>
 3. **Emotional Implication**:<emotional_implication>
@@ -213,7 +214,8 @@ class FaceDataset:
             batch[name] = torch.cat(batch[name])  # (P, .), (B, 3)
         padding = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE_INDEX, "is_word": 0}
         for name, value in padding.items():
-            batch[name] = nn.utils.rnn.pad_sequence(batch[name], True, value)  # (B, T)
+            batch[name] = nn.utils.rnn.pad_sequence(batch[name], batch_first=True,
+                                                    padding_value=value)  # (B, T)
         return batch
 
 def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator[dict]:
@@ -394,7 +396,8 @@ def save_state(model: nn.Module, optimizers: list, step: int, args: Namespace) -
     partial_file.replace(partial_file.with_suffix(".pt"))
 
 def save_checkpoint(model: nn.Module, processors: list, args: Namespace) -> None:
-    """Writes what infer.py loads; a LoRA in PEFT's format. run.json marks the run as finished."""
+    """Writes the checkpoint that infer.py loads. A LoRA is saved in PEFT's format. run.json marks
+    the run as finished."""
     out = Path(args.out)
     if args.lora_rank:
         # base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight, ...
@@ -467,13 +470,14 @@ def load_pretrained(args: Namespace) -> tuple:
     is_half = args.lora_rank and args.dtype == "bfloat16"
     model, *processors = load_base(args.model, torch.bfloat16 if is_half else torch.float32)
     if min(p.element_size() for p in model.parameters()) < 2:
-        raise ValueError(f"--model {args.model} has weights of one byte, which cannot be trained")
+        raise ValueError(f"--model {args.model} has weights of one byte (FP8), which cannot be "
+                         "trained")
     model.model.visual.requires_grad_(False)
     if args.lora_rank:
         add_lora(model, args.lora_rank)
     if args.checkpointing:
-        model.activation_checkpointing_enable()
-        # The call above makes embeddings require gradients, which only reentrant checkpoints need.
+        model.activation_checkpointing_enable()  # formerly gradient_checkpointing_enable
+        # The library now makes embeddings require gradients, which only reentrant checkpoints need.
         # In Qwen2.5-VL each backward pass would then run through the frozen vision encoder.
         model.disable_input_require_grads()
     if args.compile:
@@ -517,7 +521,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", *SPECIAL])
 
-    phrases = Counter()  # up to the next punctuation, with , . ; in front and : at the end
+    phrases = Counter()  # such as ", jaw slightly shifted left" and " Jaw:"
     for text in texts:
         phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", text))
     pieces = [PROMPT, "user\n", "assistant\n", *VALUES]
@@ -580,7 +584,7 @@ class Muon(torch.optim.Optimizer):
                 gram = x @ x.mT  # (blocks, MUON_ROWS, MUON_ROWS)
                 factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 x = torch.baddbmm(x, factor, x, beta=3.4445)  # (blocks, MUON_ROWS, in)
-            # Orthogonal rows times this have a root mean square of 0.2, as AdamW's updates do.
+            # Scaled by this, orthogonal rows have a root mean square of 0.2, like AdamW's updates.
             size = 0.2 * math.sqrt(x.shape[-1])
             p.mul_(1 - group["lr"] * ADAMW["weight_decay"])
             p.sub_(x.view_as(p), alpha=group["lr"] * size)
@@ -601,7 +605,7 @@ def main(args: Namespace) -> None:
     if args.resume:
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
         vars(args).update({**state["args"], "out": args.out, "device": args.device})
-        if not hasattr(args, "answer"):  # the first edition wrote its answers as JSON
+        if not hasattr(args, "answer"):  # older versions of this script wrote answers as JSON
             raise ValueError(f"{out} was trained with another answer form; train again")
     elif (out / "run.json").exists() or (out / "state.pt").exists():
         raise ValueError(f"--out {out} holds a run; choose another folder, delete this one or, if "
@@ -630,6 +634,7 @@ def main(args: Namespace) -> None:
         val_records = read_records(val, args.supervision)[:VAL_RECORDS]
     if args.epochs:
         samples = args.batch_size * args.grad_accum * args.world_size  # per step
+        # A resumed run keeps these steps.
         args.steps, args.epochs = math.ceil(args.epochs * len(records) / samples), None
 
     # Model and optimizers. AdamW skips frozen weights, which have no gradient.
@@ -677,5 +682,5 @@ if __name__ == "__main__":
         sys.exit(str(error).partition("\n")[0][:400])
     except KeyboardInterrupt:
         is_saved = Path(arguments.out, "state.pt").is_file()
-        sys.exit("interrupted; " + (f"python distill.py --out {arguments.out} --resume continues"
-                                    if is_saved else "nothing is saved yet, so run it again"))
+        sys.exit("interrupted; " + (f"continue with --out {arguments.out} --resume" if is_saved
+                                    else "nothing has been saved yet, so run it again"))

@@ -111,7 +111,7 @@ def correlations(predicted: ndarray, true: ndarray) -> tuple[ndarray, ndarray]:
         r = covariance / np.sqrt(var_x * var_y)
         ccc = 2 * covariance / (var_x + var_y + (mean_x - mean_y) ** 2)
 
-    # A constant prediction has seen nothing, so r is 0. If the truth is constant, r is undefined.
+    # A constant prediction ignores the image, so r is 0. If the truth is constant, r is undefined.
     r[var_x <= VARIANCE_FLOOR] = 0
     is_undefined = var_y <= VARIANCE_FLOOR
     r[is_undefined] = ccc[is_undefined] = np.nan
@@ -135,7 +135,7 @@ def intervals(predicted: dict, true: ndarray, people: list, seed: int) -> dict:
     intervals, Efron & Tibshirani 1993, Ch. 8 and 13).
     """
     names, groups = np.unique(people, return_inverse=True)  # (G,), (N,)
-    resampled = f"{len(names)} identities (pictures without an identity count as their own)"
+    resampled = f"{len(names)} identities (a picture without one counts as a person)"
     if len(names) < 5:
         groups = np.arange(len(people))  # every picture is a group of its own
         resampled = f"{len(people)} pictures, since there are fewer than five identities"
@@ -276,7 +276,8 @@ def compare(predicted: dict, baselines: dict, true: ndarray, by: ndarray) -> dic
     rows += [("by_coefficient", name, first, part) for name, part in COEFFICIENTS.items()]
     rows += [("by", value, first, by == value) for value in np.unique(by).tolist()]
 
-    # Each row compares one part of an array with the truth, and the last baseline next to it.
+    # Each row compares one part of an array with the truth (... is all of it). Its baseline is the
+    # training mean or, without training records, zeros.
     *_, baseline = baselines.values()
     results = {"models": {}, "baselines": {}, "by_region": {}, "by_coefficient": {}, "by": {}}
     for section, name, array, part in rows:
@@ -288,7 +289,7 @@ def compare(predicted: dict, baselines: dict, true: ndarray, by: ndarray) -> dic
 
 def print_report(results: dict) -> None:
     """Prints all results but those of the 52 coefficients, which would swamp the others."""
-    print(results["images"], "pictures,", results["errors"], "without prediction and left out")
+    print(results["images"], "pictures,", results["errors"], "left out for lack of a prediction")
     print(f"{'':24s}{TITLE}")
     for section in ("models", "baselines", "by_region", "by"):
         for name, row in results[section].items():
@@ -310,7 +311,7 @@ def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
     chart = Image.new("RGB", (1780, 1180), "white")
     draw = ImageDraw.Draw(chart)
     draw.font = ImageFont.load_default(15)
-    draw.text((30, 20), "Pearson r (0: none) and RMSE by coefficient (line: baseline)", INK)
+    draw.text((30, 20), "Pearson's r and RMSE per coefficient (line: RMSE of the baseline)", INK)
     draw.text((800, 20), "Predicted against true, the nine most active", INK)
 
     # Left, one row per coefficient: its name and r, a bar for its error, a line for the baseline's.
@@ -368,7 +369,7 @@ def main(args: Namespace) -> None:
     results |= {"images": len(tables[-1]), "errors": len(tables[-1]) - len(truth),
                 "predictions": files[:-1], "truth": files[-1]}
 
-    # Write first, since printing ends if the output is piped to head.
+    # Write the files before printing, which may fail if the output is piped to head.
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         draw_plot(results, predicted[files[0]], true).save(args.plot, "PNG")

@@ -62,9 +62,10 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 # The last columns of a Live Link Face take, which are not predicted.
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
-FIELD_TOKENS, WORDS_TOKENS = 150, 600  # limits of one field, and of all words in one text
+FIELD_TOKENS, WORDS_TOKENS = 150, 600  # limits of a field, and of all words of a foreign model
 AUTHORS_PIXELS = 1024 * 32 * 32  # for checkpoints trained elsewhere: 1024 image tokens
-# The config of a plain LoRA. With any other value the adapter would do something else than W + B A.
+# Settings of a plain LoRA, with their allowed values. With others, such as init_lora_weights =
+# pissa, which changes W, the result would not be W + B A.
 UNSET = [None, False, {}, [], "none"]
 PLAIN_LORA = {
     "peft_type": ["LORA"],
@@ -172,7 +173,7 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
         feed 0.2, 0.5, 0.0 -> it chooses 0.2, 0.5, 0.1
         feed 0.2, 0.5, 0.1 -> it chooses the same again, so this is the greedy answer
 
-    A choice is final if all numbers fed before it are. So each pass makes at least one more number
+    A choice is final if all tokens fed before it are. So each pass makes at least one more token
     final, and the loop ends. `pieces` are the (token ids, name) pairs of the block, `value_ids`
     (11, L) the tokens of VALUES. Returns distributions (B, C, 11) and greedy choices (B, C).
     """
@@ -197,7 +198,7 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
         # Feed again from the first number that has changed.
         guess = choice
         tokens[:, places] = value_ids[choice]  # (B, C, L)
-        start = starts[changed[0]]
+        start = starts[changed[0].item()]
         state.drop(len(block) - start)
         hidden[:, start:] = state.feed(tokens[:, start:])
 
@@ -215,8 +216,8 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     is_one = units.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
 
-    # Where "1" is chosen, it is also fed, so the tenths after "0." are unknown. All probability of
-    # "0" then counts as 0.9, the value next to 1.0.
+    # Where "1" is the final choice, it was also fed, so the tenths after "0." are unknown. Then all
+    # probability of "0" counts as 0.9, the value next to 1.0.
     zero, one = units.softmax(dim=-1).split(1, dim=-1)  # (B, C, 1) each
     tenths = tenths.softmax(dim=-1)
     tenths[is_one] = torch.eye(10, device=tenths.device)[9]
@@ -228,7 +229,7 @@ def decode_answers(predictor: "Predictor", inputs: dict) -> tuple:
     tokenizer = predictor.tokenizer
     encode = partial(tokenizer.encode, add_special_tokens=False)
     value_ids = inputs["input_ids"].new_tensor([encode(value) for value in VALUES])  # (11, L)
-    skeleton = answer_skeleton(predictor.supervision or "numeric")
+    skeleton = answer_skeleton(predictor.supervision or "numeric")  # of a foreign model, see below
     pieces = [(encode(text), slot) for text, slot in skeleton]
     numbers = [piece for piece in pieces if piece[1] in ARKIT_NAMES]
     state = State(predictor.model, inputs)
@@ -283,7 +284,7 @@ def read_prompt(path: Path) -> dict:
             turns = {message["role"]: message["content"] for message in messages}
             system, prompt = turns.get("system", ""), turns["user"].removeprefix("<image>")
         if not prompt or "<image>" in prompt:
-            raise ValueError("the prompt is empty or has <image> in its middle")
+            raise ValueError("the prompt is empty or contains <image> after its start")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--prompt {path}: {error!s:.100}; expected a text file, or a .jsonl with "
                          '{"messages": [{"role": "user", "content": "<image>Describe ..."}]}')
@@ -318,7 +319,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
     run = {"supervision": None, "max_pixels": AUTHORS_PIXELS, "system": ""}
     if (folder / "run.json").is_file():
         run |= json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if run.get("answer") != "headings":  # the first edition wrote its answers as JSON
+        if run.get("answer") != "headings":  # older versions of distill.py wrote answers as JSON
             raise ValueError(f"{folder} was trained with another answer form; train again")
     elif not prompt_file:
         raise ValueError(f"--model {folder} holds no finished run; train one with python distill.py"
@@ -348,7 +349,7 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
 
         updates = load_file(folder / "adapter_model.safetensors")
         stems = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in updates}
-        weights, empty = dict(model.named_parameters()), torch.empty(0)
+        weights, empty = dict(model.named_parameters()), torch.empty(0)  # empty fits nothing
         if not updates:
             raise ValueError("it is empty")
         for stem in sorted(stems):
@@ -357,10 +358,10 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
             weight = weights.get(stem.removeprefix("base_model.model.") + ".weight", empty)
             is_pair = high.shape[1:] == low.shape[:1]
             fits = is_pair and high.shape[:1] + low.shape[1:] == weight.shape
-            # lm_head and the embeddings are one weight, which would change both. Weights of one
-            # byte are too coarse to add to.
-            is_tied = re.search("embed_tokens|lm_head", stem)
-            if not fits or is_tied or weight.element_size() < 2:
+            # lm_head and the embeddings may be one weight, so a change to one would change both.
+            # Weights of one byte are too coarse to add to.
+            may_be_tied = re.search("embed_tokens|lm_head", stem)
+            if not fits or may_be_tied or weight.element_size() < 2:
                 raise ValueError(f"{stem} is not plain LoRA of a weight of this base; {MERGE}")
             weight.copy_(weight.float() + config["lora_alpha"] / len(low) * high @ low)
     except Exception as error:  # damaged files raise many types
@@ -502,7 +503,7 @@ def predict_all(predictor: Predictor, names: list, args: Namespace) -> list[dict
 
     # The first process waits for the others and joins the parts.
     if world_size > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # only to wait
         torch.distributed.barrier()
     if rank:
         return []
@@ -515,7 +516,7 @@ def predict_all(predictor: Predictor, names: list, args: Namespace) -> list[dict
 def write_livelink(path: Path, records: list[dict], fps: int) -> None:
     """Writes a Live Link Face take: 61 values per row, and no row for an unusable picture.
 
-    Timecodes are HH:MM:SS:FF.mmm, where FF counts sixtieths of a second at any rate.
+    Timecodes are HH:MM:SS:FF.mmm. FF counts sixtieths of a second, whatever `fps` is.
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -567,7 +568,8 @@ def main(args: Namespace) -> None:
     logging.disable_progress_bar()
 
     # A picture is named by its path from the folder of --out. Symlinks are resolved first, because
-    # ".." after a link would lead elsewhere. A picture given twice has one record and two frames.
+    # ".." after a link would lead elsewhere. A repeated picture has one record, but a row of the
+    # take each time.
     frames = []
     for image in list_images(args.inputs):
         name = os.path.relpath(os.path.realpath(image), out.parent.resolve())
