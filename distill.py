@@ -28,6 +28,7 @@ from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -163,6 +164,8 @@ class FaceDataset:
     def __init__(self, records: list[dict], tokenizer, image_processor, args: Namespace):
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
         self.supervision = args.supervision
+        # Most texts recur in every answer, and tokenising them again would slow the demo.
+        self.encode_text = lru_cache(10_000)(partial(tokenizer.encode, add_special_tokens=False))
         token_side = image_processor.patch_size * image_processor.merge_size  # pixels
         # Despite their names, these are areas in pixels.
         self.size = {"shortest_edge": token_side ** 2, "longest_edge": args.max_pixels}
@@ -170,7 +173,7 @@ class FaceDataset:
     def encode(self, record: dict, image_tokens: int) -> dict:
         """Encodes prompt and answer. Returns input_ids, labels and is_word, (T,) each. is_word
         marks the words before the numbers, for replace_words."""
-        texts, is_word = [prompt_text(PROMPT, image_tokens)], [False]
+        pieces = [(prompt_text(PROMPT, image_tokens), False)]  # texts, and whether they are words
         for fixed_text, slot in answer_skeleton(self.supervision):
             if slot in FIELDS:
                 value = " " + record["description"][slot]
@@ -178,18 +181,18 @@ class FaceDataset:
                 value = f"{record['coefficients'][slot]:z.1f}"  # z: no -0.0
             else:
                 value = self.tokenizer.eos_token
-            texts += [fixed_text, value]
-            is_word += [False, slot in FIELDS and self.supervision == "semantic"]
+            pieces += [(fixed_text, False), (value, slot in FIELDS and self.supervision == "semantic")]
 
         # Each text is tokenised alone, as in infer.py.
-        encode = self.tokenizer.backend_tokenizer.encode_batch
-        ids = [encoding.ids for encoding in encode(texts, add_special_tokens=False)]
-        lengths = torch.tensor([len(part) for part in ids])
-        input_ids = torch.tensor(sum(ids, []))  # (T,)
-        labels = input_ids.clone()
-        labels[:lengths[0]] = IGNORE_INDEX  # the prompt
-        is_word = torch.tensor(is_word).repeat_interleave(lengths)  # (T,)
-        return {"input_ids": input_ids, "labels": labels, "is_word": is_word}
+        ids, is_word = [], []
+        for text, is_words in pieces:
+            text_ids = self.encode_text(text)
+            ids += text_ids
+            is_word += [is_words] * len(text_ids)
+        prompt_length = len(self.encode_text(pieces[0][0]))
+        labels = [IGNORE_INDEX] * prompt_length + ids[prompt_length:]
+        columns = {"input_ids": ids, "labels": labels, "is_word": is_word}
+        return {name: torch.tensor(column) for name, column in columns.items()}  # (T,) each
 
     def example(self, index: int) -> dict:
         """Returns the example at `index` or, if its picture is damaged, the next readable one."""
