@@ -50,6 +50,7 @@ ARKIT_NAMES = """
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
 # Pillow cannot open .heic. It is listed so that it is reported instead of silently skipped.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
 EXPECTED = ("give a Live Link Face take (.csv), MediaPipe results (.json) or a .jsonl with one "
             'line of {"image": "a.png", "coefficients": {"jawOpen": 0.1, ... all 52}} per face')
 CELL = 160  # side of a picture on the contact sheet, pixels
@@ -449,7 +450,8 @@ def draw_sheet(path: str, records: dict) -> None:
         face = draw_face(record["coefficients"], record.get("identity", "id000"), CELL)
         card.paste(face, (CELL, 0))
         try:
-            picture = ImageOps.exif_transpose(Image.open(record["image"])).convert("RGB")
+            picture = Image.open(record["image"], formats=IMAGE_FORMATS)
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
             card.paste(ImageOps.pad(picture, (CELL, CELL), color="#ececec"))
         except Exception:  # many types: a missing or damaged picture leaves its cell empty
             pass

@@ -163,7 +163,8 @@ class FaceDataset:
 
     def __init__(self, records: list[dict], tokenizer, image_processor, args: Namespace):
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
-        self.supervision = args.supervision
+        self.skeleton = answer_skeleton(args.supervision)
+        self.words_come_first = args.supervision == "semantic"
         # Most texts recur in every answer, and tokenising them again would slow the demo.
         self.encode_text = lru_cache(10_000)(partial(tokenizer.encode, add_special_tokens=False))
         token_side = image_processor.patch_size * image_processor.merge_size  # pixels
@@ -173,26 +174,24 @@ class FaceDataset:
     def encode(self, record: dict, image_tokens: int) -> dict:
         """Encodes prompt and answer. Returns input_ids, labels and is_word, (T,) each. is_word
         marks the words before the numbers, for replace_words."""
-        pieces = [(prompt_text(PROMPT, image_tokens), False)]  # texts, and whether they are words
-        for fixed_text, slot in answer_skeleton(self.supervision):
+        # Lists become tensors only at the end. Torch operations here, in the loader threads, would
+        # take the cores from the training.
+        prompt_ids = self.encode_text(prompt_text(PROMPT, image_tokens))
+        ids, is_word = [*prompt_ids], [False] * len(prompt_ids)
+        for fixed_text, slot in self.skeleton:
             if slot in FIELDS:
                 value = " " + record["description"][slot]
             elif slot:
                 value = f"{record['coefficients'][slot]:z.1f}"  # z: no -0.0
             else:
                 value = self.tokenizer.eos_token
-            comes_first = self.supervision == "semantic"
-            pieces += [(fixed_text, False), (value, slot in FIELDS and comes_first)]
 
-        # Each text is tokenised alone, as in infer.py. Lists become tensors only at the end, since
-        # torch operations in the loader threads would take the cores from the training.
-        ids, is_word = [], []
-        for text, is_words in pieces:
-            text_ids = self.encode_text(text)
-            ids += text_ids
-            is_word += [is_words] * len(text_ids)
-        prompt_length = len(self.encode_text(pieces[0][0]))
-        labels = [IGNORE_INDEX] * prompt_length + ids[prompt_length:]
+            # Each text is tokenised alone, as in infer.py.
+            fixed_ids, value_ids = self.encode_text(fixed_text), self.encode_text(value)
+            ids += fixed_ids + value_ids
+            is_word += [False] * len(fixed_ids)
+            is_word += [slot in FIELDS and self.words_come_first] * len(value_ids)
+        labels = [IGNORE_INDEX] * len(prompt_ids) + ids[len(prompt_ids):]
         columns = {"input_ids": ids, "labels": labels, "is_word": is_word}
         return {name: torch.tensor(column) for name, column in columns.items()}  # (T,) each
 
