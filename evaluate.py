@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Evaluation for SemanticFace (arXiv 2603.14827): predictions + truth -> metrics with intervals.
 
-Compares predicted with true coefficients, next to baselines that see no image. Most coefficients
-are near zero, so a small MAE means little. RMSE and correlation show whether the model uses the
-image at all.
+Most coefficients are near zero, so a small MAE means little. RMSE and correlation, next to those of
+baselines that see no image, show whether a model uses the image at all.
 
 Reads:  prediction records (.jsonl) from infer.py, in one or more files, and records with the truth
 Writes: a table, a .json file with all its numbers and, with --plot, a picture
@@ -12,7 +11,7 @@ Writes: a table, a .json file with all its numbers and, with --plot, a picture
 
     python evaluate.py predictions.jsonl data/demo/val.jsonl --plot metrics.png
 
-Shapes: N images, C = 52 coefficients, G people, R resamplings, K prediction files, V vertices.
+Shapes: N images, C = 52 coefficients, G people, R resamplings, V vertices.
 """
 import argparse
 import json
@@ -44,17 +43,14 @@ REGIONS = {"brows": np.s_[:, 41:46], "eyes": np.s_[:, :14], "nose": np.s_[:, 49:
            "cheeks": np.s_[:, 46:49], "mouth": np.s_[:, 18:41], "jaw": np.s_[:, 14:18],
            "tongue": np.s_[:, 51:]}
 ACTIVE = 0.15  # an action at or above this counts as active, as in annotate.py
-NO_STD = np.full(len(ARKIT_NAMES), np.nan)  # for a record without standard deviations
 VARIANCE_FLOOR = 1e-14  # variances up to this count as zero
 RESAMPLES = 1000  # bootstrap samples
 DEMO_FILES = ["predictions.jsonl", "data/demo/val.jsonl"]
-# The title and a row of the table.
-TITLE = "    MAE    RMSE  baseline  median r  r > 0.8    CCC     F1  images"
-ROW = ("%(mae)7.4f%(rmse)8.4f%(baseline)10.4f%(pearson_median)10.3f%(pearson_above_0.8)9.0f"
-       "%(ccc)7.3f%(f1)7.3f%(images)8d")
-# What the table shows if no coefficient varies.
-UNDEFINED = {"pearson_median": np.nan, "pearson_above_0.8": np.nan, "ccc": np.nan}
-BLUE, GREY, INK = "#0072b2", "#aaaaaa", "#282828"
+COLUMNS = {"mae": "MAE", "rmse": "RMSE", "pearson_median": "median r", "pearson_above_0.8": "r > 0.8",
+           "ccc": "CCC", "f1": "F1", "vertex": "vertices"}  # columns of the table
+# The plot's panels, 120 pixels wide and high: their lower left corners (C,) and their diagonal.
+LEFT, BOTTOM = 15 + 145 * (np.arange(52) % 13), 130 + 170 * (np.arange(52) // 13)
+DIAGONAL = np.linspace(0, 1, 121)[:, None]
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
@@ -62,13 +58,13 @@ def parse_args(argv=None) -> Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="one or more files of predictions, then the "
-        f"truth, which may be left out after a single file (default: {' '.join(DEMO_FILES)})")
+        f"truth, which may be left out after a single file (default: {DEMO_FILES}). Regions, words "
+        "and standard deviations are those of the first")
     add("--train", help="records for the mean baseline (default: train.jsonl next to the truth)")
-    add("--by", help="also report by the values of this field of the truth, such as identity. "
-        "Records without it are grouped under None")
+    add("--by", help="also report by the values of this field of the truth, such as identity")
     add("--rig", help="folder with Neutral.obj and one OBJ file per coefficient, such as "
         "jawOpen.obj: adds the mean vertex error, in the unit of these files")
-    add("--plot", help="also plot the results to this file (.png)")
+    add("--plot", help="also plot predicted against true coefficients to this file (.png)")
     add("--out", default="metrics.json", help="file for all numbers (default %(default)s)")
     add("--seed", type=int, default=0, help="seed for the bootstrap (default %(default)s)")
     return parser.parse_args(argv)
@@ -123,8 +119,30 @@ def uncertainty(std: ndarray, predicted: ndarray, true: ndarray) -> dict:
     counted = (true >= ACTIVE) & (std >= 0)  # std is NaN if a record has none
     if not counted.any():
         return {}
-    error, std = abs(predicted - true)[counted], std[counted]
-    return {f"within_{k}_std": (error <= k * std).mean().item() for k in (1, 2)}
+    error = abs(predicted - true)
+    return {f"within_{k}_std": (error <= k * std)[counted].mean().item() for k in (1, 2)}
+
+def agreement(predictions: list, truth: list) -> dict:
+    """Compares the descriptions of N records with the true ones. Empty if no pair has both.
+
+    expression_category, symmetry: share of exact matches
+    f1: over the words of the muscle movements, pooled over all descriptions
+    """
+    pairs = [(p["description"], t["description"]) for p, t in zip(predictions, truth)
+             if p.get("description") and t.get("description")]
+    if not pairs:
+        return {}
+    result = {field: sum(p[field] == t[field] for p, t in pairs) / len(pairs)
+              for field in ("expression_category", "symmetry")}
+
+    # A word that occurs twice in both descriptions is two hits.
+    hits = total = 0
+    for pair in pairs:
+        words, true_words = [Counter(re.findall(r"\w+", description["muscle_movements"].lower()))
+                             for description in pair]
+        hits += (words & true_words).total()
+        total += (words + true_words).total()
+    return {**result, "f1": 2 * hits / max(total, 1)}
 
 # ---- Intervals -----------------------------------------------------------------------------------
 def intervals(predicted: dict, true: ndarray, people: list, seed: int) -> dict:
@@ -132,98 +150,59 @@ def intervals(predicted: dict, true: ndarray, people: list, seed: int) -> dict:
 
     `predicted` holds an array (N, C) per file. `people` names the person in each of the N images.
     People are resampled with all their images, because images of one person are alike (percentile
-    intervals, Efron & Tibshirani 1993, Ch. 8 and 13).
+    intervals, Efron & Tibshirani 1993, Ch. 8 and 13). Fewer than five would say nothing, so then
+    the images are resampled.
     """
     names, groups = np.unique(people, return_inverse=True)  # (G,), (N,)
-    resampled = f"{len(names)} identities (a picture without one counts as a person)"
     if len(names) < 5:
-        groups = np.arange(len(people))  # every picture is a group of its own
-        resampled = f"{len(people)} pictures, since there are fewer than five identities"
-
-    # A sample draws as many groups as there are, with replacement.
+        groups = np.arange(len(people))
     sizes = np.bincount(groups)  # (G,)
-    squares = [((array - true) ** 2).mean(axis=1) for array in predicted.values()]  # (N,) each
-    squares = np.stack([np.bincount(groups, square) for square in squares])  # (K, G)
-    rng, samples = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(len(sizes), size=len(sizes))  # (G,)
-        means = squares[:, drawn].sum(axis=1) / sizes[drawn].sum()  # (K,)
-        samples.append(np.sqrt(means))
 
-    # Each file is compared with the first in the same samples.
-    base, *others = predicted
-    rmse = dict(zip(predicted, np.transpose(samples)))  # (R,) per file
-    differences = {f"{file} minus {base}": rmse[file] - rmse[base] for file in others}
-    return {"resampled": resampled, "intervals": limits(rmse), "differences": limits(differences)}
+    # A sample draws as many groups as there are, with replacement, alike for every file.
+    rmse = {}  # samples (R,) per file
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(sizes), size=(RESAMPLES, len(sizes)))  # (R, G)
+    for name, array in predicted.items():
+        squares = np.bincount(groups, ((array - true) ** 2).mean(axis=1))  # (G,)
+        rmse[name] = np.sqrt(squares[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+
+    first, *others = predicted
+    differences = {f"{name} minus {first}": rmse[name] - rmse[first] for name in others}
+    return {"intervals": limits(rmse), "differences": limits(differences)}
 
 def limits(samples: dict) -> dict:
     """Returns the limits of the middle 95% of R samples, by name."""
     return {name: {"rmse": np.percentile(rmse, (2.5, 97.5)).tolist()}
             for name, rmse in samples.items()}
 
-# ---- Descriptions --------------------------------------------------------------------------------
-def agreement(predictions: list, truth: list) -> dict:
-    """Compares the descriptions of N records with the true ones. Empty if no pair has both.
-
-    expression_category, symmetry: share of exact matches
-    f1: over the words of the muscle movements, pooled over all descriptions
-    """
-    pairs = [(p.get("description"), t.get("description")) for p, t in zip(predictions, truth)]
-    pairs = [(p, t) for p, t in pairs if p and t]
-    if not pairs:
-        return {}
-    result = {}
-    for field in ("expression_category", "symmetry"):
-        result[field] = sum(p[field] == t[field] for p, t in pairs) / len(pairs)
-
-    # A word that occurs twice in both descriptions is two hits.
-    hits = total = 0
-    for p, t in pairs:
-        words, true_words = count_words(p), count_words(t)
-        hits += (words & true_words).total()
-        total += (words + true_words).total()
-    result["f1"] = 2 * hits / max(total, 1)
-    return result
-
-def count_words(description: dict) -> Counter:
-    """Counts the words in a description's muscle movements."""
-    return Counter(re.findall(r"\w+", description["muscle_movements"].lower()))
-
 # ---- Rig: the error of the face that the coefficients drive --------------------------------------
 def read_rig(folder: Path) -> ndarray:
     """Returns how far each coefficient moves each vertex, (C, V, 3). A missing tongueOut.obj moves
-    nothing. Raises ValueError for another missing file or another number of vertices."""
-    shapes = {}
-    for path in folder.glob("*.obj"):
+    nothing. Raises ValueError if a file does not fit Neutral.obj."""
+    shapes = []
+    for name in ["Neutral", *ARKIT_NAMES]:
+        path = folder / f"{name}.obj"
+        if name == "tongueOut" and not path.is_file():  # many rigs have no tongue
+            path = folder / "Neutral.obj"
         lines = path.read_text("utf-8", "replace").splitlines()
         vertices = [line.split()[1:4] for line in lines if line.startswith("v ")]
-        name = path.stem.replace("_L", "Left").replace("_R", "Right")  # eyeBlink_L
-        shapes[name.lower()] = np.array(vertices, dtype=float)  # (V, 3)
-
-    neutral = shapes.get("neutral", np.empty(0))
-    shapes.setdefault("tongueout", neutral)
-    for name in ("Neutral", *ARKIT_NAMES):
-        if name.lower() not in shapes or shapes[name.lower()].shape != neutral.shape:
-            raise ValueError(f"{folder}/{name}.obj is missing or does not fit Neutral.obj")
-    return np.stack([shapes[name.lower()] for name in ARKIT_NAMES]) - neutral
+        shapes.append(np.array(vertices, dtype=float))  # (V, 3)
+        if shapes[-1].shape != shapes[0].shape:
+            raise ValueError(f"{path} has not as many vertices as Neutral.obj")
+    return np.stack(shapes[1:]) - shapes[0]
 
 def vertex_error(predicted: ndarray, true: ndarray, deltas: ndarray) -> float:
-    """Returns the distance between the faces that two arrays (N, C) drive, in the unit of the rig:
-    the mean over vertices and images."""
-    means = []
-    for error in predicted - true:  # (C,)
-        displacement = np.tensordot(error, deltas, axes=1)  # (V, 3)
-        means.append(np.linalg.norm(displacement, axis=1).mean())
-    return np.mean(means).item()
+    """Returns the mean distance of a vertex between the faces that two arrays (N, C) drive."""
+    faces = (np.tensordot(error, deltas, axes=1) for error in predicted - true)  # (V, 3) each
+    return np.mean([np.linalg.norm(face, axis=1).mean() for face in faces]).item()
 
 # ---- Reading and matching ------------------------------------------------------------------------
 def to_array(values: dict) -> ndarray:
-    """Returns the 52 values as (C,). Raises ValueError unless each is a number from 0 to 1."""
-    for name in ARKIT_NAMES:
-        value = values[name]
-        if type(value) not in (int, float) or not 0 <= value <= 1:  # also rejects True and NaN
-            raise ValueError(f"{name} is {value!r:.40}")
-    return np.array([values[name] for name in ARKIT_NAMES])
+    """Returns the 52 values as (C,). Raises ValueError unless they are from 0 to 1."""
+    array = np.array([values[name] for name in ARKIT_NAMES], dtype=float)
+    if not (array.min() >= 0 and array.max() <= 1):  # also rejects NaN
+        raise ValueError("a value is not between 0 and 1")
+    return array
 
 def read_records(file: str) -> dict:
     """Reads records into a dict by the real path of their image. Coefficients and std become arrays
@@ -231,34 +210,35 @@ def read_records(file: str) -> dict:
     records = {}
     for number, line in enumerate(Path(file).read_text("utf-8-sig", "replace").split("\n"), 1):
         try:
-            if line.strip():
-                record = json.loads(line)
-                record["image"] = os.path.realpath(Path(file).parent / record["image"])
-                if record["image"] in records:
-                    raise ValueError(f"this is a second record of {record['image']}")
-                if not record.get("error"):
-                    record["coefficients"] = to_array(record["coefficients"])
-                    record["std"] = to_array(record["std"]) if record.get("std") else NO_STD
-                records[record["image"]] = record
+            if not line.strip():
+                continue
+            record = json.loads(line)
+            image = os.path.realpath(Path(file).parent / record["image"])
+            if image in records:
+                raise ValueError(f"this is a second record of {image}")
+            if not record.get("error"):
+                record["coefficients"] = to_array(record["coefficients"])
+                std = record.get("std")
+                record["std"] = to_array(std) if std else np.full(52, np.nan)
+            record["identity"] = str(record.get("identity") or image)
+            records[image] = record
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, line {number}: {error!s:.200}; expected an image and the 52 "
                              "ARKit coefficients, each a number from 0 to 1")
     return records
 
 def match(files: list, tables: list) -> list:
-    """Returns a list of records per file, all of the same images. The last file is the truth. An
-    image with an "error" in any file is left out. Raises ValueError unless every file has exactly
-    the images of the truth."""
-    images = truth = tables[-1].keys()
+    """Returns a list of records per file, all of the same images, without those that have an
+    "error" in any file. Raises ValueError unless every file has the images of the last, the truth.
+    """
+    truth = tables[-1]
+    failed = set()
     for file, table in zip(files, tables):
-        failed = {image for image in table if table[image].get("error")}
-        missing, extra = truth - table.keys(), table.keys() - truth - failed
-        if missing or extra:
-            raise ValueError(f"{file}: {len(missing)} pictures have no prediction, {len(extra)} "
-                             f"predictions have no truth, such as {min(missing | extra):.200}")
-        images = [image for image in images if image not in failed]
-    if not images:
-        raise ValueError(f"none of the {len(truth)} pictures has a prediction in every file")
+        failed |= {image for image in table if table[image].get("error")}
+        different = (table.keys() ^ truth.keys()) - failed
+        if different:
+            raise ValueError(f"{file} and {files[-1]} hold different pictures: {min(different)}")
+    images = [image for image in truth if image not in failed]
     return [[table[image] for image in images] for table in tables]
 
 def stack(records: list, field: str = "coefficients") -> ndarray:
@@ -266,120 +246,90 @@ def stack(records: list, field: str = "coefficients") -> ndarray:
     return np.stack([record[field] for record in records])
 
 # ---- Table and plot ------------------------------------------------------------------------------
-def compare(predicted: dict, baselines: dict, true: ndarray, by: ndarray) -> dict:
-    """Returns rows of metrics by section and name. `predicted` and `baselines` hold arrays (N, C).
-    The rows of regions, coefficients and values of the field --by (N,) are of the first file."""
-    first, *_ = predicted.values()
-    rows = [("models", name, array, ...) for name, array in predicted.items()]
-    rows += [("baselines", name, array, ...) for name, array in baselines.items()]
-    rows += [("by_region", name, first, part) for name, part in REGIONS.items()]
-    rows += [("by_coefficient", name, first, part) for name, part in COEFFICIENTS.items()]
-    rows += [("by", value, first, by == value) for value in np.unique(by).tolist()]
+def by_part(predicted: ndarray, true: ndarray, parts: dict) -> dict:
+    """Returns the metrics of each part of two arrays (N, C), by its name."""
+    return {name: metrics(predicted[part], true[part]) for name, part in parts.items()}
 
-    # Each row compares one part of an array with the truth (... is all of it). Its baseline is the
-    # training mean or, without training records, zeros.
-    *_, baseline = baselines.values()
-    results = {"models": {}, "baselines": {}, "by_region": {}, "by_coefficient": {}, "by": {}}
-    for section, name, array, part in rows:
-        row = metrics(array[part], true[part])
-        row["baseline"] = np.sqrt(((baseline[part] - true[part]) ** 2).mean()).item()
-        row["images"] = len(true[part])
-        results[section][name] = row
-    return results
-
-def print_report(results: dict) -> None:
-    """Prints all results but those of the 52 coefficients, which would swamp the others."""
+def print_report(text: str) -> None:
+    """Prints the results, given as JSON, but not the many rows of the 52 coefficients."""
+    results = json.loads(text, parse_float=lambda number: round(float(number), 4))
     print(results["images"], "pictures,", results["errors"], "left out for lack of a prediction")
-    print(f"{'':24s}{TITLE}")
+    print(" " * 24, *(f"{title:>9}" for title in COLUMNS.values()))
     for section in ("models", "baselines", "by_region", "by"):
         for name, row in results[section].items():
-            print(f"{name[-24:]:24s}" + ROW % (UNDEFINED | row))
-    for name, row in (results["models"] | results["baselines"]).items():
-        if "vertex" in row:
-            print(f"mean vertex error {row['vertex']:.4g}", name)
+            print(f"{name[-24:]:24}", *(f"{row.get(key, '-'):>9}" for key in COLUMNS))
 
-    print("95% intervals of RMSE, resampling", results["resampled"])
+    print("RMSE, 95% intervals over people (over pictures if there are fewer than five people)")
     for name, row in (results["intervals"] | results["differences"]).items():
-        print("    {:.4f} to {:.4f}".format(*row["rmse"]), name)
-    print("regions, words and standard deviations are those of", results["predictions"][0])
-    for part in ("description", "uncertainty"):
-        print(f"{part}:", *(f"{name} {value:.2f}" for name, value in results[part].items()))
+        print("   ", row["rmse"], name)
+    print("description:", results["description"])
+    print("uncertainty:", results["uncertainty"])
 
-def draw_plot(results: dict, predicted: ndarray, true: ndarray) -> Image.Image:
-    """Draws the error and r of each coefficient and, for the nine most active, predicted against
-    true (N, C)."""
-    chart = Image.new("RGB", (1780, 1180), "white")
+def draw_plot(rows: dict, predicted: ndarray, true: ndarray) -> Image.Image:
+    """Draws a panel per coefficient, given its row of metrics: predicted (N, C), upwards, against
+    true, to the right. A dot is a picture, on the diagonal if it is right."""
+    pixels = np.full((680, 1900), 255, np.uint8)
+    for x, y, grey in [(DIAGONAL, DIAGONAL, 190), (true, predicted, 0)]:
+        pixels[BOTTOM - (120 * y).astype(int), LEFT + (120 * x).astype(int)] = grey
+    chart = Image.fromarray(pixels)
     draw = ImageDraw.Draw(chart)
-    draw.font = ImageFont.load_default(15)
-    draw.text((30, 20), "Pearson's r and RMSE per coefficient (line: RMSE of the baseline)", INK)
-    draw.text((800, 20), "Predicted against true, the nine most active", INK)
-
-    # Left, one row per coefficient: its name and r, a bar for its error, a line for the baseline's.
-    rows = results["by_coefficient"]
-    scale = 500 / max(max(row["rmse"], row["baseline"], 0.01) for row in rows.values())  # pixels
-    for y, (name, row) in zip(range(70, 1180, 21), rows.items()):
-        x = 220 + scale * row["baseline"]
-        label = f"{name}   {row.get('pearson_median', 0):.2f}"
-        draw.text((210, y), label, INK, anchor="rm")
-        draw.rectangle([220, y - 6, 220 + scale * row["rmse"], y + 6], BLUE)
-        draw.line([x, y - 9, x, y + 9], INK, 2)
-
-    # Right, one panel per coefficient. Each dot is a picture, on the diagonal if it is right.
-    for panel, k in enumerate(np.argsort(-true.mean(axis=0))[:9]):
-        left, bottom = 800 + 330 * (panel % 3), 370 + 365 * (panel // 3)
-        draw.rectangle([left, bottom - 300, left + 300, bottom], outline=GREY)
-        draw.line([left, bottom, left + 300, bottom - 300], GREY)
-        draw.text((left + 150, bottom + 18), ARKIT_NAMES[k], INK, anchor="mm")
-        for x, y in zip(left + 300 * true[:, k], bottom - 300 * predicted[:, k]):
-            draw.circle((x, y), 2, BLUE)
+    for x, y, (name, row) in zip(LEFT, BOTTOM, rows.items()):
+        title = f"{name}\nr = {row.get('pearson_median', 0):.2f}"
+        draw.text((x, y + 4), title, 0, ImageFont.load_default(12))
     return chart
 
 # ---- Main ----------------------------------------------------------------------------------------
 def main(args: Namespace) -> None:
-    """Runs the stage: reads, matches, compares, writes, prints."""
-    # Missing files default to the demo's. No output may be an input.
+    """Reads, matches, compares, writes, prints."""
+    # Missing files default to the demo's.
     files = args.files + DEMO_FILES[len(args.files):]
-    train_file = args.train or str(Path(files[-1]).with_name("train.jsonl"))
-    for path in filter(None, (args.out, args.plot)):
-        if os.path.realpath(path) in map(os.path.realpath, (*files, train_file)):
-            raise ValueError(f"{path} is an input and would be overwritten; name another file")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    train_file = Path(args.train or Path(files[-1]).with_name("train.jsonl"))
+    if os.path.realpath(args.out) in map(os.path.realpath, (*files, train_file)):
+        raise ValueError(f"--out {args.out} is an input and would be overwritten")
 
     # Read predictions, truth and, for the mean baseline, the training records.
     tables = [read_records(file) for file in files]
     *runs, truth = match(files, tables)
     true = stack(truth)  # (N, C)
+    people = [record["identity"] for record in truth]
     predicted = {file: stack(run) for file, run in zip(files, runs)}
-    baselines, train = {"zeros": np.zeros_like(true)}, []
-    if args.train or os.path.isfile(train_file):
-        train = list(read_records(train_file).values())
-        baselines["training mean"] = np.zeros_like(true) + stack(train).mean(axis=0)
+    baselines = {"zeros": 0 * true}
+    trained_on = set()
+    if args.train or train_file.is_file():
+        train = read_records(train_file).values()
+        baselines["training mean"] = 0 * true + stack(train).mean(axis=0)
+        trained_on = {record["identity"] for record in train} & set(people)
 
-    # Compare. Words and standard deviations are those of the first file.
+    # Compare. Parts, words and standard deviations are those of the first file.
+    first = predicted[files[0]]
+    arrays = predicted | baselines
     by = np.array([str(record.get(args.by)) for record in truth if args.by])
-    people = [str(record.get("identity", record["image"])) for record in truth]
-    results = compare(predicted, baselines, true, by)
-    results |= intervals(predicted, true, people, args.seed)
-    results["description"] = agreement(runs[0], truth)
-    results["uncertainty"] = uncertainty(stack(runs[0], "std"), predicted[files[0]], true)
+    rows = {name: metrics(array, true) for name, array in arrays.items()}
     if args.rig:
         deltas = read_rig(Path(args.rig))
-        for name, row in (results["models"] | results["baselines"]).items():
-            row["vertex"] = vertex_error((predicted | baselines)[name], true, deltas)
-    results |= {"images": len(tables[-1]), "errors": len(tables[-1]) - len(truth),
-                "predictions": files[:-1], "truth": files[-1]}
+        for name in arrays:
+            rows[name]["vertex"] = vertex_error(arrays[name], true, deltas)
+    results = {
+        "models": {name: rows[name] for name in predicted},
+        "baselines": {name: rows[name] for name in baselines},
+        "by_region": by_part(first, true, REGIONS),
+        "by_coefficient": by_part(first, true, COEFFICIENTS),
+        "by": by_part(first, true, {value: by == value for value in np.unique(by).tolist()}),
+        **intervals(predicted, true, people, args.seed),
+        "description": agreement(runs[0], truth),
+        "uncertainty": uncertainty(stack(runs[0], "std"), first, true),
+        "images": len(tables[-1]), "errors": len(tables[-1]) - len(truth)}
 
     # Write the files before printing, which may fail if the output is piped to head.
-    Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(results, indent=1)
+    Path(args.out).write_text(text)
     if args.plot:
-        draw_plot(results, predicted[files[0]], true).save(args.plot, "PNG")
-    print_report(results)
-    trained_on = set(people) & {str(record.get("identity", "")) for record in train}
+        draw_plot(results["by_coefficient"], first, true).save(args.plot, "PNG")
+    print_report(text)
     if trained_on:
         print(len(trained_on), "of", len(set(people)), "people are also in the training records: "
               "this is not a result across identities")
-    print("every number is in", args.out)
-    print("next: python annotate.py", files[0], "--sheet faces.jpg")
+    print(f"every number is in {args.out}\nnext: python annotate.py {files[0]} --sheet faces.jpg")
 
 if __name__ == "__main__":
     try:
