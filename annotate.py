@@ -19,15 +19,14 @@ import json
 import math
 import os
 import re
-import signal
 import sys
+import zlib
 from argparse import Namespace
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,7 +119,7 @@ def parse_args(argv=None) -> Namespace:
     add("--llm", help="describe with this chat model (hub id or folder) instead of the rules")
     add("--resume", action="store_true", help="continue an interrupted --llm run")
     add("--batch-size", type=int, default=16, help="faces per --llm batch (default %(default)s)")
-    add("--device", default="auto", help="cpu, cuda or auto, for --llm (default %(default)s)")
+    add("--device", help="cpu or cuda, for --llm (default: cuda if there is one)")
     add("--seed", type=int, default=0, help="seed of the demo's faces (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -155,8 +154,6 @@ def movements(levels: dict) -> str:
         for key, phrase in actions.items():
             names = sides(key)
             left, right = levels[names[0]], levels[names[-1]]  # the same name twice if unpaired
-            if left == right == 0:
-                continue
             if left != right:
                 subjects = {"left ": left, "right ": right}
             elif len(names) == 1:
@@ -236,38 +233,31 @@ def read_answer(text: str) -> dict | None:
         return None
     return words if all(words.values()) else None
 
-def ask_llm(model, tokenizer, faces: list[dict]) -> list[dict | None]:
-    """Asks a chat model to describe faces (name -> 0..1). Returns None for an invalid answer."""
-    chats = []
-    for face in faces:
-        active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
-        content = LLM_PROMPT + (", ".join(active) or "none, the face is at rest")
-        chats.append([{"role": "user", "content": content}])
-    inputs = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, enable_thinking=False, padding=True, return_dict=True,
-        return_tensors="pt").to(model.device)
-    ids = inputs["input_ids"]  # (B, T)
-    tokens = model.generate(input_ids=ids, attention_mask=inputs["attention_mask"],
-                            do_sample=False, max_new_tokens=400,
-                            pad_token_id=tokenizer.pad_token_id)
-    return [read_answer(text) for text in tokenizer.batch_decode(tokens[:, ids.shape[1]:])]
-
-def describe_by_llm(records: list[dict], args: Namespace) -> Iterator[tuple]:
-    """Yields the description and the annotator of each record. Where the model's answer is not
-    valid, the rules step in, and the annotator says so."""
+def describe_by_llm(faces: list[dict], args: Namespace) -> Iterator[tuple]:
+    """Yields the description of each face (name -> 0..1) and who wrote it. Where the model's answer
+    is not valid, the rules step in."""
     import torch  # only needed here
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(args.llm, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.llm, dtype="auto").to(device).eval()
 
-    for start in range(0, len(records), args.batch_size):
-        faces = [record["coefficients"] for record in records[start:start + args.batch_size]]
-        for face, words in zip(faces, ask_llm(model, tokenizer, faces)):
+    for start in range(0, len(faces), args.batch_size):
+        batch, chats = faces[start:start + args.batch_size], []
+        for face in batch:
+            active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
+            content = LLM_PROMPT + (", ".join(active) or "none, the face is at rest")
+            chats.append([{"role": "user", "content": content}])
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, enable_thinking=False, padding=True,
+            return_dict=True, return_tensors="pt").to(device)
+        ids = inputs["input_ids"]  # (B, T)
+        tokens = model.generate(input_ids=ids, attention_mask=inputs["attention_mask"],
+                                do_sample=False, max_new_tokens=400,
+                                pad_token_id=tokenizer.pad_token_id)
+        for face, text in zip(batch, tokenizer.batch_decode(tokens[:, ids.shape[1]:])):
+            words = read_answer(text)
             if words:
                 yield words, args.llm
             else:
@@ -277,13 +267,10 @@ def describe_by_llm(records: list[dict], args: Namespace) -> Iterator[tuple]:
 # infer.py has copies of list_pictures and complete_lines.
 def list_pictures(folder: Path) -> list[Path]:
     """Lists a folder's pictures in natural order (frame2 before frame10), without hidden files."""
-    def natural(path: Path) -> tuple:
-        padded = re.sub(r"\d+", lambda digits: digits[0].zfill(20), path.name.lower())
-        return padded, path.name
-
-    pictures = [path for path in folder.iterdir()
+    pictures = [path for path in sorted(folder.iterdir())
                 if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
-    return sorted(pictures, key=natural)
+    return sorted(pictures, key=lambda path: re.sub(
+        r"\d+", lambda digits: digits[0].zfill(20), path.name.lower()))
 
 def complete_lines(path: Path) -> list[bytes]:
     """Returns the lines that an interrupted run left in a file, and cuts off a torn last one."""
@@ -296,7 +283,7 @@ def complete_lines(path: Path) -> list[bytes]:
 @cache  # called for every name of every face
 def canonical(name: str) -> str:
     """Returns ARKit's eyeBlinkLeft for EyeBlinkLeft (Live Link) and eyeBlink_L (other apps)."""
-    name = re.sub("_R$", "Right", re.sub("_L$", "Left", name.strip()))
+    name = name.strip().replace("_L", "Left").replace("_R", "Right")
     return name[:1].lower() + name[1:]
 
 def standardize(pairs: list[tuple], counts: Counter) -> dict:
@@ -321,45 +308,46 @@ def standardize(pairs: list[tuple], counts: Counter) -> dict:
     return {name: values[name] for name in ARKIT_NAMES}
 
 def read_items(path: Path) -> list[tuple]:
-    """Lists (location, content) for each row of a file. The content is the header and the cells of
-    a take's row, one MediaPipe result, or the text of a record."""
+    """Lists (location, content) for each row of a file. The content is the text of a record, one
+    MediaPipe result, or a take's row as a tuple of (column, cell) pairs."""
+    text = path.read_text("utf-8-sig", "replace")
+    lines = text.split("\n")
+    if path.suffix.lower() == ".csv":
+        rows = csv.reader(lines)
+        header = next(rows)
+        return [(f"line {rows.line_num}", tuple(zip_longest(header, row, fillvalue="")))
+                for row in rows if row]
     if path.suffix.lower() == ".json":
-        text = path.read_text("utf-8-sig", "replace")
         text = text.replace('"face_blendshapes"', '"faceBlendshapes"')  # MediaPipe's Python names
         results = json.loads(text.replace('"category_name"', '"categoryName"'))
         results = results if isinstance(results, list) else [results]
         return [(f"result {number}", result) for number, result in enumerate(results, 1)]
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        if path.suffix.lower() == ".csv":
-            rows = csv.reader(file)
-            header = next(rows, [])
-            return [(f"line {rows.line_num}", (header, row)) for row in rows if row]
-        lines = enumerate(file, 1)
-        return [(f"line {number}", line) for number, line in lines if line.strip()]
+    return [(f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
-def read_row(header: list, row: list) -> list[tuple]:
-    """Returns the (column, value) pairs of a take's row. A row without a face has empty cells and
-    gives none."""
-    pairs = [(name, cell) for name, cell in zip_longest(header, row, fillvalue="")
-             if canonical(name) in ARKIT_NAMES]
+def read_row(cells: tuple) -> list[tuple]:
+    """Returns the (name, value) pairs of a take's row, given its (column, cell) pairs. A row
+    without a face has empty cells and gives none."""
+    pairs = [(name, cell.strip()) for name, cell in cells if canonical(name) in ARKIT_NAMES]
     if not pairs:
-        raise ValueError(f"no column such as EyeBlinkLeft in the header found, {header!s:.70}")
-    if not any(cell.strip() for _, cell in pairs):
+        raise ValueError("no column such as EyeBlinkLeft found")
+    if not any(cell for _, cell in pairs):
         return []
-    for index, (name, cell) in enumerate(pairs):
-        try:
-            pairs[index] = name, float(cell)
-        except ValueError:
-            raise ValueError(f"column {name} holds {cell!r:.40}, which is not a number")
-    return pairs
+    return [(name, to_number(cell)) for name, cell in pairs]
+
+def to_number(cell: str) -> float | str:
+    """Returns the number in a cell, or the cell itself, which standardize() refuses."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 def read_result(result: dict | list, counts: Counter) -> list[tuple]:
     """Returns the (name, score) pairs of the first face in a MediaPipe result, which is
     {"faceBlendshapes": [{"categories": [...]}]} or the list of one face's categories."""
-    faces = (result["faceBlendshapes"] if isinstance(result, dict) else [result]) or [[]]
+    faces = result["faceBlendshapes"] if isinstance(result, dict) else [result]
     if len(faces) > 1:
         counts["results with several faces, the first was taken"] += 1
-    categories = faces[0] or []
+    categories = faces[0] if faces else []
     if isinstance(categories, dict):
         categories = categories["categories"]
     return [(category["categoryName"], category["score"]) for category in categories
@@ -368,20 +356,17 @@ def read_result(result: dict | list, counts: Counter) -> list[tuple]:
 def read_records(path: Path, args: Namespace, counts: Counter) -> dict:
     """Returns every Nth record by its index in INPUT, with the real path of its image. Counts what
     is left out. Raises ValueError for a record or file that cannot be used."""
-    suffix, place, item, records = path.suffix.lower(), path, "", {}
+    place, item, records = "the file", "", {}
     try:
         items = read_items(path)
         for index in range(0, len(items), args.every):
-            location, item = items[index]
-            place = f"{path}, {location}"
-            record = {"image": None, "identity": args.identity or path.stem}
-            if suffix == ".csv":
-                pairs = read_row(*item)
-            elif suffix == ".json":
-                pairs = read_result(item, counts)
-            else:
+            place, item = items[index]
+            if isinstance(item, str):
                 record = {"image": None, **json.loads(item)}
                 pairs = (record["coefficients"] or {}).items()
+            else:
+                record = {"image": None, "identity": path.stem}
+                pairs = read_row(item) if isinstance(item, tuple) else read_result(item, counts)
             if not pairs:
                 counts["records without a face, values or a prediction, left out"] += 1
                 continue
@@ -391,10 +376,8 @@ def read_records(path: Path, args: Namespace, counts: Counter) -> dict:
             if record["image"]:  # resolve symlinks, because ".." after a link leads elsewhere
                 record["image"] = os.path.realpath(path.parent / record["image"])
             records[index] = record
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{place}: {error!s:.160}; {EXPECTED}")
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{place}: cannot use {item!r:.80} ({error!r:.60}); {EXPECTED}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path}, {place}: {error!s:.120}, in {item!s:.60}; {EXPECTED}")
 
     # Pair each row with its frame. They are matched by order alone, so there must be equally many.
     if args.frames:
@@ -407,26 +390,22 @@ def read_records(path: Path, args: Namespace, counts: Counter) -> dict:
     return records
 
 def write_records(path: Path, records: list[dict], args: Namespace) -> None:
-    """Describes records and writes each as soon as it is ready. The file is named PATH.partial
-    until it is complete."""
-    unfinished, folder = path.with_name(path.name + ".partial"), path.parent.resolve()
+    """Describes records and writes each as soon as it is ready."""
+    folder = path.parent.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-
-    # Keep what an interrupted run has described, if the faces and the annotator are the same.
-    kept = [json.loads(line) for line in complete_lines(unfinished)] if args.resume else []
-    faces = [record["coefficients"] for record in records]
-    is_same = [record["coefficients"] for record in kept] == faces[:len(kept)]
-    if not is_same or any((args.llm or "rules") not in record["annotator"] for record in kept):
-        raise ValueError(f"--resume: {unfinished} has other faces or another annotator; start over "
-                         "without --resume")
-    todo, annotators = records[len(kept):], Counter(record["annotator"] for record in kept)
-    descriptions = ((describe(record["coefficients"]), "rules") for record in todo)
+    # Until it is complete, the file has a checksum of faces and model in its name, so that --resume
+    # never continues another run.
+    checksum = zlib.crc32(repr([args.llm, records]).encode("utf-8", "replace"))
+    unfinished = path.with_name(f"{path.name}.{checksum:08x}")
+    done = len(complete_lines(unfinished)) if args.resume else 0
+    faces = [record["coefficients"] for record in records[done:]]
+    descriptions = zip(map(describe, faces), repeat("rules"))
     if args.llm:
-        descriptions = describe_by_llm(todo, args)
+        descriptions = describe_by_llm(faces, args)
 
     # A lone surrogate, half a character, cannot be written as UTF-8, so it becomes an escape.
-    bar = tqdm(zip(todo, descriptions), path.name, len(todo), disable=None)
-    with unfinished.open("a" if kept else "w", encoding="utf-8", errors="backslashreplace") as file:
+    bar = tqdm(zip(records[done:], descriptions), path.name, len(faces), disable=None)
+    with unfinished.open("a" if done else "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, (description, annotator) in bar:
             record = {**record, "description": description, "annotator": annotator}
             if record["image"]:
@@ -434,8 +413,8 @@ def write_records(path: Path, records: list[dict], args: Namespace) -> None:
                 record["image"] = image.replace(os.sep, "/")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            annotators[annotator] += 1
     unfinished.replace(path)
+    annotators = Counter(json.loads(line)["annotator"] for line in path.open("rb"))
     print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}")
 
 def draw_sheet(path: str, records: dict) -> None:
@@ -443,24 +422,22 @@ def draw_sheet(path: str, records: dict) -> None:
     coefficients draw, with index and expression category (if it has one) below."""
     items = list(records.items())
     chosen = np.linspace(0, len(items) - 1, min(24, len(items))).round().astype(int)
-    # Each record is a card of two cells, with a line of text below.
-    sheet = Image.new("RGB", (4 * 330, math.ceil(len(chosen) / 4) * 194), "white")
+    sheet = Image.new("RGB", (4 * 330, 6 * 190), "white")
+    draw = ImageDraw.Draw(sheet)
     for place, (index, record) in enumerate([items[position] for position in chosen]):
-        card = Image.new("RGB", (2 * CELL, CELL + 24), "#ececec")
+        left, top = 330 * (place % 4), 190 * (place // 4)
         face = draw_face(record["coefficients"], record.get("identity", "id000"), CELL)
-        card.paste(face, (CELL, 0))
+        sheet.paste(face, (left + CELL, top))
         try:
             picture = Image.open(record["image"], formats=IMAGE_FORMATS)
             picture = ImageOps.exif_transpose(picture).convert("RGB")
-            card.paste(ImageOps.pad(picture, (CELL, CELL), color="#ececec"))
+            sheet.paste(ImageOps.pad(picture, (CELL, CELL), color="white"), (left, top))
         except Exception:  # many types: a missing or damaged picture leaves its cell empty
             pass
         words = record.get("description")
         category = words.get("expression_category") if isinstance(words, dict) else ""
         text = f"{index}  {category or ''}"[:46]
-        ImageDraw.Draw(card).text((4, CELL + 3), text, "black", ImageFont.load_default(13))
-        sheet.paste(card, (5 + place % 4 * 330, 5 + place // 4 * 194))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+        draw.text((left, top + CELL + 3), text, "black", ImageFont.load_default(13))
     sheet.save(path)
     print(f"wrote {path}: {len(chosen)} of {len(records)} records")
 
@@ -529,60 +506,60 @@ def mix(color: tuple, other: tuple, amount: float) -> tuple:
     """Returns the color that is `amount` (0..1) of the way from `color` to `other`."""
     return tuple(round(a + (b - a) * amount) for a, b in zip(color, other))
 
-def draw_head(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
+def draw_head(pen: Pen, f: SimpleNamespace) -> None:
     """Draws hair, outline, chin and puffed cheeks."""
-    slide = 0.14 * (c.jawLeft - c.jawRight)
-    drop = 0.14 * c.jawOpen
+    slide = 0.14 * (f.jawLeft - f.jawRight)
+    drop = 0.14 * f.jawOpen
 
     # The outline: an ellipse whose cheeks widen and whose lower part follows the jaw.
     x, y = np.cos(TURN), np.sin(TURN)
     below = np.maximum(y, 0) ** 2  # 0 from the eyes up, 1 at the chin
-    puff = 0.16 * c.cheekPuff * np.exp(-((y - 0.5) / 0.25) ** 2)
-    x = look.width * x * (1 + puff - 0.12 * below) + slide * below
-    y = look.height * y + drop * below
+    puff = 0.16 * f.cheekPuff * np.exp(-((y - 0.5) / 0.25) ** 2)
+    x = f.width * x * (1 + puff - 0.12 * below) + slide * below
+    y = f.height * y + drop * below
 
     # The hair at the back, the face, and the fringe in front of it.
-    pen.ellipse(0, -0.12, look.width * 1.1, look.height * 1.03, look.hair)
-    pen.polygon(x, y, look.skin)
-    is_fringe = y < look.fringe
-    pen.polygon(x[is_fringe], y[is_fringe], look.hair)
-    if look.outline:
-        pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, look.outline)
+    pen.ellipse(0, -0.12, f.width * 1.1, f.height * 1.03, f.hair)
+    pen.polygon(x, y, f.skin)
+    is_fringe = y < f.fringe
+    pen.polygon(x[is_fringe], y[is_fringe], f.hair)
+    if f.outline:
+        pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, f.outline)
 
     # A chin that is pushed forward gets larger and brighter. Puffed cheeks get brighter.
-    chin_y = look.height - 0.1 + drop
-    color = mix(look.skin, WHITE, 0.6 * c.jawForward)
-    pen.ellipse(slide, chin_y, 0.14 + 0.14 * c.jawForward, 0.05 + 0.07 * c.jawForward, color)
+    chin_y = f.height - 0.1 + drop
+    color = mix(f.skin, WHITE, 0.6 * f.jawForward)
+    pen.ellipse(slide, chin_y, 0.14 + 0.14 * f.jawForward, 0.05 + 0.07 * f.jawForward, color)
     for cheek_x in (-0.5, 0.5):
-        pen.ellipse(cheek_x, 0.36, 0.13, 0.13, mix(look.skin, WHITE, 0.55 * c.cheekPuff))
+        pen.ellipse(cheek_x, 0.36, 0.13, 0.13, mix(f.skin, WHITE, 0.55 * f.cheekPuff))
 
-def by_side(c: SimpleNamespace, stem: str) -> np.ndarray:
+def by_side(f: SimpleNamespace, stem: str) -> np.ndarray:
     """Returns the strength of mouth{stem}Left and -Right at each point across the lips, (15,). It
     fades towards the middle."""
-    left, right = getattr(c, f"mouth{stem}Left"), getattr(c, f"mouth{stem}Right")
+    left, right = getattr(f, f"mouth{stem}Left"), getattr(f, f"mouth{stem}Right")
     return np.minimum(1, 3 * abs(ACROSS_LIPS)) * np.where(ACROSS_LIPS > 0, left, right)
 
-def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
+def draw_mouth(pen: Pen, f: SimpleNamespace) -> None:
     """Draws lips, teeth and tongue."""
     t, arch = ACROSS_LIPS, 1 - ACROSS_LIPS ** 2  # the arch is 0 at the corners, 1 in the middle
     opening = np.sqrt(arch)
 
     # The line where the lips meet.
-    smile, frown, stretch = by_side(c, "Smile"), by_side(c, "Frown"), by_side(c, "Stretch")
-    shift = 0.13 * (c.mouthLeft - c.mouthRight) + 0.07 * (c.jawLeft - c.jawRight)
-    width = look.mouth * (1 - 0.5 * c.mouthPucker - 0.3 * c.mouthFunnel)
+    smile, frown, stretch = by_side(f, "Smile"), by_side(f, "Frown"), by_side(f, "Stretch")
+    shift = 0.13 * (f.mouthLeft - f.mouthRight) + 0.07 * (f.jawLeft - f.jawRight)
+    width = f.mouth * (1 - 0.5 * f.mouthPucker - 0.3 * f.mouthFunnel)
     x = shift + t * (width + 0.06 * smile + 0.16 * stretch)
     y = 0.50 + t * t * 0.17 * (frown - smile) + 0.03 * smile * arch
 
     # The inner edges of both lips, and how thick the lips are. If mouthClose exceeds jawOpen, the
     # gap is negative and lifts the lower lip.
-    gap = 0.30 * (c.jawOpen - c.mouthClose) + 0.12 * c.mouthFunnel
-    rise = 0.13 * by_side(c, "UpperUp") + 0.3 * max(gap, 0)
-    fall = 0.13 * by_side(c, "LowerDown") + 0.7 * gap
-    upper = y - opening * rise - 0.09 * c.mouthShrugUpper * arch
-    lower = y + opening * fall - 0.07 * c.mouthShrugLower * arch
-    press = by_side(c, "Press")
-    thick = opening * (1 - 0.6 * press) * (1 + 0.9 * c.mouthPucker + 0.5 * c.mouthFunnel)
+    gap = 0.30 * (f.jawOpen - f.mouthClose) + 0.12 * f.mouthFunnel
+    rise = 0.13 * by_side(f, "UpperUp") + 0.3 * max(gap, 0)
+    fall = 0.13 * by_side(f, "LowerDown") + 0.7 * gap
+    upper = y - opening * rise - 0.09 * f.mouthShrugUpper * arch
+    lower = y + opening * fall - 0.07 * f.mouthShrugLower * arch
+    press = by_side(f, "Press")
+    thick = opening * (1 - 0.6 * press) * (1 + 0.9 * f.mouthPucker + 0.5 * f.mouthFunnel)
 
     # The cavity with the teeth in it, which stop short of the corners.
     pen.band(x, upper, lower, CAVITY)
@@ -593,59 +570,59 @@ def draw_mouth(pen: Pen, look: SimpleNamespace, c: SimpleNamespace) -> None:
     pen.band(x[inner], lower[inner], lower_teeth[inner], WHITE)
 
     # The lips, thinner when rolled in, and the tongue over the middle of the lower lip.
-    pen.band(x, upper - 0.065 * thick * (1 - 0.95 * c.mouthRollUpper), upper, look.lips)
-    pen.band(x, lower, lower + 0.085 * thick * (1 - 0.95 * c.mouthRollLower), look.lips)
+    pen.band(x, upper - 0.065 * thick * (1 - 0.95 * f.mouthRollUpper), upper, f.lips)
+    pen.band(x, lower, lower + 0.085 * thick * (1 - 0.95 * f.mouthRollLower), f.lips)
     for edge in (upper, lower):
-        pen.line(x, edge, mix(look.lips, DARK, 0.6), 0.02)
-    if c.tongueOut > 0:
-        root, length = lower[7], c.tongueOut  # 7 is the middle of the lips
+        pen.line(x, edge, mix(f.lips, DARK, 0.6), 0.02)
+    if f.tongueOut > 0:
+        root, length = lower[7], f.tongueOut  # 7 is the middle of the lips
         pen.ellipse(x[7], root + 0.08 * length, 0.06 + 0.06 * length, 0.17 * length, TONGUE)
         groove = mix(TONGUE, DARK, 0.4)
         pen.line([x[7], x[7]], [root, root + 0.15 * length], groove, 0.02)
 
-def draw_side(pen: Pen, look: SimpleNamespace, c: SimpleNamespace, side: int) -> None:
+def draw_side(pen: Pen, f: SimpleNamespace, side: int) -> None:
     """Draws eye, cheek, brow, nostril and creases of the left side (1) or the right side (-1)."""
-    # In this function c.eyeBlink is eyeBlinkLeft or eyeBlinkRight, and so on.
+    # From here on f.eyeBlink is eyeBlinkLeft or eyeBlinkRight, and so on.
     suffix = "Left" if side > 0 else "Right"
-    c = SimpleNamespace(**{name.removesuffix(suffix): value for name, value in vars(c).items()})
-    shade = partial(mix, look.skin, DARK)  # takes an amount from 0 to 1
+    f = SimpleNamespace(**{name.removesuffix(suffix): value for name, value in vars(f).items()})
+    shade = partial(mix, f.skin, DARK)  # takes an amount from 0 to 1
     t, arch = ACROSS_EYE, 1 - ACROSS_EYE ** 2
 
     # The eyeball and iris between the edges of the lids, which cover part of the iris. The upper
     # edge is 1 to 1.75 heights above the middle when open and 0.7 below it when closed.
-    eye_x, eye_y, height = side * look.gap, -0.17, 0.105 * look.eye
-    x = eye_x + 0.2 * look.eye * t
-    upper = eye_y + height * (0.7 * c.eyeBlink - (1 + 0.75 * c.eyeWide) * (1 - c.eyeBlink)) * arch
-    lower = eye_y + height * (0.75 - 0.75 * c.eyeSquint * (1 - c.eyeBlink)) * arch
-    pen.ellipse(eye_x, eye_y - 0.02, 0.2 * look.eye, 0.2, shade(0.12))
+    eye_x, eye_y, height = side * f.gap, -0.17, 0.105 * f.eye
+    x = eye_x + 0.2 * f.eye * t
+    upper = eye_y + height * (0.7 * f.eyeBlink - (1 + 0.75 * f.eyeWide) * (1 - f.eyeBlink)) * arch
+    lower = eye_y + height * (0.75 - 0.75 * f.eyeSquint * (1 - f.eyeBlink)) * arch
+    pen.ellipse(eye_x, eye_y - 0.02, 0.2 * f.eye, 0.2, shade(0.12))
     pen.band(x, upper, lower, WHITE)
-    pupil_x = eye_x + 0.1 * side * (c.eyeLookOut - c.eyeLookIn)
-    pupil_y = eye_y - 0.01 + 0.085 * (c.eyeLookDown - c.eyeLookUp)
-    pen.ellipse(pupil_x, pupil_y, 0.08, 0.08, look.iris)
+    pupil_x = eye_x + 0.1 * side * (f.eyeLookOut - f.eyeLookIn)
+    pupil_y = eye_y - 0.01 + 0.085 * (f.eyeLookDown - f.eyeLookUp)
+    pen.ellipse(pupil_x, pupil_y, 0.08, 0.08, f.iris)
     pen.ellipse(pupil_x, pupil_y, 0.04, 0.04, DARK)
     pen.band(x, upper, eye_y - 0.02 - 0.2 * np.sqrt(arch), shade(0.12))
-    pen.band(x, lower, eye_y - 0.02 + 0.2 * np.sqrt(arch), look.skin)
+    pen.band(x, lower, eye_y - 0.02 + 0.2 * np.sqrt(arch), f.skin)
     pen.line(x, upper, DARK, 0.035)
-    pen.line(x, lower, shade(0.35 + 0.5 * c.eyeSquint), 0.02 + 0.02 * c.eyeSquint)
+    pen.line(x, lower, shade(0.35 + 0.5 * f.eyeSquint), 0.02 + 0.02 * f.eyeSquint)
 
     # The cheek: a blush and the fold above it.
     x = eye_x + side * 0.05
-    blush = mix(look.skin, RED, 0.75 * c.cheekSquint)
-    pen.ellipse(x, 0.2 - 0.07 * c.cheekSquint, 0.13, 0.07, blush)
-    y = 0.12 - 0.08 * c.cheekSquint + 0.06 * t * t
-    pen.line(x + 0.15 * t, y, shade(0.7 * c.cheekSquint), 0.03)
+    blush = mix(f.skin, RED, 0.75 * f.cheekSquint)
+    pen.ellipse(x, 0.2 - 0.07 * f.cheekSquint, 0.13, 0.07, blush)
+    y = 0.12 - 0.08 * f.cheekSquint + 0.06 * t * t
+    pen.line(x + 0.15 * t, y, shade(0.7 * f.cheekSquint), 0.03)
 
     # The brow, a line through three points.
-    x = side * (look.gap + BROW_X - 0.02 * c.browDown)
-    y = BROW_DOWN * c.browDown - BROW_INNER_UP * c.browInnerUp - BROW_OUTER_UP * c.browOuterUp
-    pen.line(x, y + BROW_Y - 0.43, look.hair, look.brow)
+    x = side * (f.gap + BROW_X - 0.02 * f.browDown)
+    y = BROW_DOWN * f.browDown - BROW_INNER_UP * f.browInnerUp - BROW_OUTER_UP * f.browOuterUp
+    pen.line(x, y + BROW_Y - 0.43, f.hair, f.brow)
 
     # The nostril and its wing, which a sneer pulls up, and the creases.
-    x, y = side * 0.09 * look.nose, 0.2 - 0.07 * c.noseSneer
+    x, y = side * 0.09 * f.nose, 0.2 - 0.07 * f.noseSneer
     pen.line([side * 0.05, x], [-0.15, y - 0.03], shade(0.2), 0.025)
-    pen.ellipse(x, y, 0.05 + 0.02 * c.noseSneer, 0.035, shade(0.45))
+    pen.ellipse(x, y, 0.05 + 0.02 * f.noseSneer, 0.035, shade(0.45))
     for action, x, y in CREASES:
-        strength = getattr(c, action)
+        strength = getattr(f, action)
         if strength > 0:
             pen.line(side * np.array(x), y, shade(0.85 * strength), 0.03)
 
@@ -654,24 +631,22 @@ def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
     """Draws a face of `size` x `size` pixels, given its 52 coefficients (name -> 0..1), with every
     action visible. The appearance depends on identity and style alone."""
     rng = np.random.default_rng(list(str(identity).encode()))
-    palette = STYLES[style]
+    f = SimpleNamespace(**coefficients, **STYLES[style])
     # The order of these lines decides which random number each feature gets.
-    skins = list(map(ImageColor.getrgb, palette["skins"]))
-    look = SimpleNamespace(outline=palette["outline"])
+    skins = list(map(ImageColor.getrgb, f.skins))
     tone = rng.uniform(0, len(skins) - 1.001)
-    look.skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
-    look.lips = mix(look.skin, RED, rng.uniform(0.5, 0.9))
-    look.hair = palette["hairs"][rng.integers(6)]
-    look.iris = palette["irises"][rng.integers(4)]
-    pen = Pen(size, tuple(rng.integers(60, 230, 3).tolist()), palette["line"])
-    for part, ends in palette["proportions"].items():
-        setattr(look, part, rng.uniform(*ends))
+    f.skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
+    f.lips = mix(f.skin, RED, rng.uniform(0.5, 0.9))
+    f.hair = f.hairs[rng.integers(6)]
+    f.iris = f.irises[rng.integers(4)]
+    pen = Pen(size, tuple(rng.integers(60, 230, 3).tolist()), f.line)
+    for part, ends in f.proportions.items():
+        setattr(f, part, rng.uniform(*ends))
 
-    c = SimpleNamespace(**coefficients)
-    draw_head(pen, look, c)
-    draw_mouth(pen, look, c)
-    draw_side(pen, look, c, 1)
-    draw_side(pen, look, c, -1)
+    draw_head(pen, f)
+    draw_mouth(pen, f)
+    draw_side(pen, f, 1)
+    draw_side(pen, f, -1)
     return pen.canvas.reduce(SUPERSAMPLE)
 
 # Movements of the demo without an emotion: none at all, a blink, a wink, speech or chewing.
@@ -694,6 +669,9 @@ SIGN_OF_SIDE = dict.fromkeys(RIGHT_OF, 1) | dict.fromkeys(RIGHT_OF.values(), -1)
 GAZE = {"eyeLookOutLeft": (1, 0), "eyeLookInRight": (1, 0), "eyeLookInLeft": (-1, 0),
         "eyeLookOutRight": (-1, 0), "eyeLookUpLeft": (0, 1), "eyeLookUpRight": (0, 1),
         "eyeLookDownLeft": (0, -1), "eyeLookDownRight": (0, -1)}
+# The files of the demo, with their drawing style and the folder of their pictures.
+DEMO_PARTS = {"train": ("cartoon", "images"), "val": ("cartoon", "images"),
+              "shift": ("comic", "images_comic")}
 OPPOSITES = [("jawLeft", "jawRight"), ("mouthLeft", "mouthRight"),
              ("mouthSmileLeft", "mouthFrownLeft"), ("mouthSmileRight", "mouthFrownRight")]
 
@@ -729,67 +707,49 @@ def sample_expression(rng: np.random.Generator) -> dict:
     c["mouthClose"] = min(c["mouthClose"], c["jawOpen"])  # ARKit: closes the lips over an open jaw
     return {name: round(min(max(0.0, value), 1.0), 3) for name, value in c.items()}
 
-def save_face(record: dict, style: str) -> None:
-    """Draws the face of a record into the file of its image."""
-    draw_face(record["coefficients"], record["identity"], style=style).save(record["image"])
-
 def make_demo(folder: Path, args: Namespace) -> None:
     """Draws the demo, 20 faces per person: train.jsonl, val.jsonl with one twelfth of the people,
     none of them in train.jsonl, and shift.jsonl, the faces of val.jsonl in another drawing style.
     """
-    records, real_folder = [], folder.resolve()
-    for index in range(args.demo):
-        person = args.seed * 10_000 + index // 20  # each seed has its own people
-        coefficients = sample_expression(np.random.default_rng([args.seed, index]))
-        records.append({"identity": f"id{person:03d}", "coefficients": coefficients,
-                        "image": f"{real_folder}/images/{index:06d}.png"})
     people = args.demo // 20
     first = 20 * (people - people // 12)  # index of the first held-out face
-    shift = [{**record, "image": f"{real_folder}/images_comic/{index:06d}.png"}
-             for index, record in enumerate(records[first:])]
-
-    # Draw on all cores. The workers ignore Ctrl-C, which the main process answers in one line.
+    parts = {part: [] for part in DEMO_PARTS}
     for name in ("images", "images_comic"):
         Path(folder, name).mkdir(parents=True, exist_ok=True)
-    styles = len(records) * ["cartoon"] + len(shift) * ["comic"]
-    with ProcessPoolExecutor(None, None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        drawn = pool.map(save_face, records + shift, styles, chunksize=64)
-        list(tqdm(drawn, "drawing", len(styles), disable=None))
-    write_records(folder / "train.jsonl", records[:first], args)
-    write_records(folder / "val.jsonl", records[first:], args)
-    write_records(folder / "shift.jsonl", shift, args)
+    for index in tqdm(range(args.demo), "drawing", disable=None):
+        identity = f"id{args.seed * 10_000 + index // 20:03d}"  # each seed has its own people
+        coefficients = sample_expression(np.random.default_rng([args.seed, index]))
+        for part in ["train"] if index < first else ["val", "shift"]:
+            style, images = DEMO_PARTS[part]
+            image = f"{folder.resolve()}/{images}/{index:06d}.png"
+            draw_face(coefficients, identity, style=style).save(image)
+            parts[part].append(
+                {"identity": identity, "coefficients": coefficients, "image": image})
+    for name, records in parts.items():
+        write_records(folder / f"{name}.jsonl", records, args)
     print(f"next: python distill.py --data {folder / 'train.jsonl'}")
 
 # ---- Main ----------------------------------------------------------------------------------------
 def main(args: Namespace) -> None:
     """Draws the demo, or reads INPUT, draws its contact sheet and writes its annotated records."""
-    if not args.input and (args.sheet or args.frames):
-        raise ValueError("--sheet and --frames need an INPUT")
     if not args.input:
         return make_demo(Path(args.out or "data/demo"), args)
     path, counts = Path(args.input), Counter()
     records = read_records(path, args, counts)
     for what, count in counts.items():
-        print(f"{count} {what}")
+        print(count, what)
     if not records:
         raise ValueError(f"{path}: no usable record")
 
-    # Never overwrite an input, however its path is spelled.
     out = args.out or (None if args.sheet else path.with_suffix(".annotated.jsonl"))
-    used = {os.path.realpath(path), *(record["image"] for record in records.values())}
     for output in filter(None, (out, args.sheet)):
-        if os.path.isdir(output) or os.path.realpath(output) in used:
-            raise ValueError(f"{output} is a folder, INPUT or one of its pictures, which would be "
-                             "overwritten; choose another file")
-
+        if os.path.isdir(output) or os.path.realpath(output) == os.path.realpath(path):
+            raise ValueError(f"{output} is a folder or INPUT, and would be overwritten")
     if args.sheet:
         draw_sheet(args.sheet, records)
     if out:
         write_records(Path(out), list(records.values()), args)
-        if all(record["image"] for record in records.values()):
-            print(f"next: python distill.py --data {out}")
-        else:
-            print("to train on these records, give their pictures with --frames")
+        print(f"next: python distill.py --data {out}")
 
 if __name__ == "__main__":
     try:

@@ -65,14 +65,11 @@ DEMO = "data/demo/train.jsonl"  # drawn if it is missing
 KINDS = ["qwen2_5_vl", "qwen3_vl"]  # model types that can be trained
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
 
-# Defaults that depend on the model: the demo's tiny one, a pretrained one.
-DEFAULTS = {
-    "steps": (2500, 2000),
-    "lr": (2e-3, 1e-4),  # large from scratch, the usual one for LoRA
-    "lora_rank": (0, 16),  # 0 trains all weights, since those of the tiny model are random
-    "max_pixels": (64 * 64, 512 * 512),  # 16 and 256 image tokens
-    "checkpointing": (False, True),
-}
+# Defaults for a pretrained model, and for the demo's tiny one, whose weights are random.
+PRETRAINED = {"steps": 2000, "lr": 1e-4, "lora_rank": 16, "max_pixels": 512 * 512,
+              "checkpointing": True, "compile": True, "replace_words": False}
+TINY = {"steps": 2500, "lr": 2e-3, "lora_rank": 0, "max_pixels": 64 * 64,  # 16 image tokens
+        "checkpointing": False, "compile": False, "replace_words": True}
 ADAMW = {"betas": (0.9, 0.98), "weight_decay": 0.05, "fused": True}
 WARMUP_STEPS = 30  # steps of learning-rate warm-up
 SAVE_STEPS = 100  # steps between two saves, each with a line in the log
@@ -87,7 +84,7 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nDefaults for (tiny, other models): {DEFAULTS}",
+        description=f"{__doc__}\nDefaults: {PRETRAINED}\n  if tiny: {TINY}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", default=DEMO, help="annotated records (default %(default)s)")
@@ -104,22 +101,18 @@ def parse_args(argv=None) -> Namespace:
     add("--lora-rank", type=int, help="0 trains all weights of the language model")
     add("--max-pixels", type=int, help="shrink larger pictures to this area")
     add("--checkpointing", action=switch, help="recompute activations to save memory")
-    add("--compile", action=switch, help="compile the decoder layers (default: on a GPU, not tiny)")
-    add("--replace-words", action=switch, help="replace some words (default: tiny and semantic)")
+    add("--compile", action=switch, help="compile the decoder layers on a GPU")
+    add("--replace-words", action=switch, help="replace words before the numbers by random ones")
     add("--resume", action="store_true", help="continue the run in --out with its own settings")
     add("--seed", type=int, default=0, help="for weights, order and words (default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-
-    # Some defaults depend on other flags, so those are parsed first.
-    args, _ = parser.parse_known_args(argv)
-    is_tiny, on_gpu = args.model == "tiny", args.device.startswith("cuda")
-    for name, (tiny, pretrained) in DEFAULTS.items():
-        parser.set_defaults(**{name: tiny if is_tiny else pretrained})
-    parser.set_defaults(compile=on_gpu and not is_tiny, dtype="bfloat16" if on_gpu else "float32",
-                        replace_words=is_tiny and args.supervision == "semantic")
+    parser.set_defaults(**PRETRAINED)
+    if parser.parse_args(argv).model == "tiny":
+        parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    if is_tiny and args.lora_rank:
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.model == "tiny" and args.lora_rank:
         parser.error("--lora-rank needs a pretrained --model")
     return args
 
@@ -164,7 +157,6 @@ class FaceDataset:
     def __init__(self, records: list[dict], tokenizer, image_processor, args: Namespace):
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
         self.skeleton = answer_skeleton(args.supervision)
-        self.words_come_first = args.supervision == "semantic"
         # Most texts recur in every answer, and tokenising them again would slow the demo.
         self.encode_text = lru_cache(10_000)(partial(tokenizer.encode, add_special_tokens=False))
         token_side = image_processor.patch_size * image_processor.merge_size  # pixels
@@ -173,7 +165,7 @@ class FaceDataset:
 
     def encode(self, record: dict, image_tokens: int) -> dict:
         """Encodes prompt and answer. Returns input_ids, labels and is_word, (T,) each. is_word
-        marks the words before the numbers, for replace_words."""
+        marks the words of the description, for replace_words."""
         # Lists become tensors only at the end. Torch operations here, in the loader threads, would
         # take the cores from the training.
         prompt_ids = self.encode_text(prompt_text(PROMPT, image_tokens))
@@ -185,12 +177,10 @@ class FaceDataset:
                 value = f"{record['coefficients'][slot]:z.1f}"  # z: no -0.0
             else:
                 value = self.tokenizer.eos_token
-
-            # Each text is tokenised alone, as in infer.py.
-            fixed_ids, value_ids = self.encode_text(fixed_text), self.encode_text(value)
-            ids += fixed_ids + value_ids
-            is_word += [False] * len(fixed_ids)
-            is_word += [slot in FIELDS and self.words_come_first] * len(value_ids)
+            for text in (fixed_text, value):  # each is tokenised alone, as in infer.py
+                text_ids = self.encode_text(text)
+                ids += text_ids
+                is_word += [text is value and slot in FIELDS] * len(text_ids)
         labels = [IGNORE_INDEX] * len(prompt_ids) + ids[len(prompt_ids):]
         columns = {"input_ids": ids, "labels": labels, "is_word": is_word}
         return {name: torch.tensor(column) for name, column in columns.items()}  # (T,) each
@@ -229,7 +219,7 @@ def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator[
 
     def read(number: int) -> dict:
         batch = dataset.batch(order[number])
-        if args.replace_words:  # only for the tiny model, see its section
+        if args.replace_words and args.supervision == "semantic":  # see the tiny model's section
             rng = torch.Generator().manual_seed(hash((args.seed, number, args.rank)))
             batch["input_ids"] = replace_words(batch["input_ids"], batch["is_word"], rng)
         return batch
@@ -420,19 +410,21 @@ def save_checkpoint(model: nn.Module, processors: list, args: Namespace) -> None
     (out / "state.pt").unlink()
 
 # ---- Records, a pretrained model -----------------------------------------------------------------
-def clean_record(record: dict, supervision: str) -> None:
-    """Joins each text of the description into one line. Raises ValueError if the record cannot be
-    trained on."""
+def clean_record(record: dict, folder: Path, supervision: str) -> dict:
+    """Returns a record with the path of its picture, and with each text of its description in one
+    line. Raises ValueError if it cannot be trained on."""
+    image = os.path.join(folder, str(record["image"]))
+    if not os.path.isfile(image):
+        raise ValueError(f"there is no picture {image}")
     for name in ARKIT_NAMES:
         if not 0 <= record["coefficients"][name] <= 1:
             raise ValueError(f"{name} is {record['coefficients'][name]}")
-    if not os.path.isfile(record["image"]):
-        raise ValueError(f"there is no picture {record['image']}")
+    words = dict(record.get("description") or {})
     for field in FIELDS if supervision != "numeric" else []:
-        text = " ".join(record["description"][field].split())
-        if not text or re.search(r"<\|\w+\|>", text):
+        words[field] = " ".join(record["description"][field].split())
+        if not words[field] or re.search(r"<\|\w+\|>", words[field]):
             raise ValueError(f"{field} is empty or contains a special token of the model")
-        record["description"][field] = text
+    return {**record, "image": image, "description": words}
 
 def read_records(path: Path, supervision: str) -> list[dict]:
     """Reads annotated records. Raises ValueError with the first line that cannot be used."""
@@ -440,10 +432,7 @@ def read_records(path: Path, supervision: str) -> list[dict]:
     for number, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
         try:
             if line.strip():
-                record = json.loads(line)
-                record["image"] = os.path.join(path.parent, str(record["image"]))
-                clean_record(record, supervision)
-                records.append(record)
+                records.append(clean_record(json.loads(line), path.parent, supervision))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: {error!s:.200}; expected image, the 52 ARKit "
                              "coefficients (0 to 1) and description, as written by annotate.py")
@@ -484,7 +473,7 @@ def load_pretrained(args: Namespace) -> tuple:
         # The library now makes embeddings require gradients, which only reentrant checkpoints need.
         # In Qwen2.5-VL each backward pass would then run through the frozen vision encoder.
         model.disable_input_require_grads()
-    if args.compile:
+    if args.compile and args.device.startswith("cuda"):
         torch._dynamo.config.suppress_errors = True  # without a C compiler, warn and continue
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=True)  # one graph serves all layers and all lengths
@@ -539,7 +528,7 @@ def build_tiny(records: list[dict]) -> tuple:
     """Builds (model, tokenizer, image processor): a Qwen3-VL with one million parameters."""
     texts = []
     for record in records:
-        texts += [" " + text for text in (record.get("description") or {}).values()]
+        texts += [" " + text for text in record["description"].values()]
     tokenizer = build_tokenizer(texts)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for token, name in SPECIAL.items()}
     text_config = {**TINY_TEXT, "vocab_size": len(tokenizer),
@@ -605,15 +594,16 @@ def tiny_optimizers(model: nn.Module) -> list:
 def main(args: Namespace) -> None:
     """Prepares data and model, trains, and writes the checkpoint."""
     # A new run or, with --resume, an unfinished one with its own settings.
-    out, state = Path(args.out), None
+    out, state, start = Path(args.out), None, 0
     if args.resume:
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        start = state["step"]
         vars(args).update({**state["args"], "out": args.out, "device": args.device})
         if not hasattr(args, "answer"):  # older versions of this script wrote answers as JSON
             raise ValueError(f"{out} was trained with another answer form; train again")
-    elif (out / "run.json").exists() or (out / "state.pt").exists():
-        raise ValueError(f"--out {out} holds a run; choose another folder, delete this one or, if "
-                         "the run is unfinished, add --resume")
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {out} holds a run or other files; choose another folder, delete "
+                         "this one or, if the run is unfinished, add --resume")
 
     # The processes of torchrun. The first one draws the demo if it is missing.
     args.rank = int(os.environ.get("RANK", 0))
@@ -636,10 +626,9 @@ def main(args: Namespace) -> None:
     val = Path(args.val or data.with_name("val.jsonl"))
     if args.val or val.is_file():
         val_records = read_records(val, args.supervision)[:VAL_RECORDS]
-    if args.epochs:
+    if args.epochs and not state:
         samples = args.batch_size * args.grad_accum * args.world_size  # per step
-        # A resumed run keeps these steps.
-        args.steps, args.epochs = math.ceil(args.epochs * len(records) / samples), None
+        args.steps = math.ceil(args.epochs * len(records) / samples)
 
     # Model and optimizers. AdamW skips frozen weights, which have no gradient.
     torch.manual_seed(args.seed)
@@ -650,9 +639,7 @@ def main(args: Namespace) -> None:
         model, *processors = load_pretrained(args)
         optimizers = [torch.optim.AdamW(model.parameters(), **ADAMW)]
     model.to(args.device).train()
-    start = 0
     if state:
-        start = state["step"]
         model.load_state_dict(state["model"], strict=False)
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)

@@ -46,8 +46,8 @@ ACTIVE = 0.15  # an action at or above this counts as active, as in annotate.py
 VARIANCE_FLOOR = 1e-14  # variances up to this count as zero
 RESAMPLES = 1000  # bootstrap samples
 DEMO_FILES = ["predictions.jsonl", "data/demo/val.jsonl"]
-COLUMNS = {"mae": "MAE", "rmse": "RMSE", "pearson_median": "median r", "pearson_above_0.8": "r > 0.8",
-           "ccc": "CCC", "f1": "F1", "vertex": "vertices"}  # columns of the table
+COLUMNS = {"mae": "MAE", "rmse": "RMSE", "pearson_median": "median r",  # of the table
+           "pearson_above_0.8": "r > 0.8", "ccc": "CCC", "f1": "F1", "vertex": "vertices"}
 # The plot's panels, 120 pixels wide and high: their lower left corners (C,) and their diagonal.
 LEFT, BOTTOM = 15 + 145 * (np.arange(52) % 13), 130 + 170 * (np.arange(52) // 13)
 DIAGONAL = np.linspace(0, 1, 121)[:, None]

@@ -25,12 +25,13 @@ import sys
 import textwrap
 import zlib
 from argparse import Namespace
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -57,9 +58,9 @@ VALUES = [f"{k / 10:.1f}" for k in range(11)]  # each coefficient is written wit
 # Model types whose cache can be cropped. qwen3_5 has recurrent layers, so it is not among them.
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
-# Pillow cannot open .heic. Listing it turns a silent skip into an error.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
-# The last columns of a Live Link Face take, which are not predicted.
+# The columns of a Live Link Face take. The last nine are not predicted.
+BLENDSHAPES = [name[0].upper() + name[1:] for name in ARKIT_NAMES]  # EyeBlinkLeft, ...
 ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
 FIELD_TOKENS, WORDS_TOKENS = 150, 600  # limits of a field, and of all words of a foreign model
@@ -73,7 +74,6 @@ PLAIN_LORA = {
     **dict.fromkeys(["bias", "use_dora", "use_rslora", "use_qalora", "alpha_pattern", "lora_bias",
                      "rank_pattern", "modules_to_save", "alora_invocation_tokens", "fan_in_fan_out",
                      "trainable_token_indices", "target_parameters", "layer_replication"], UNSET)}
-MERGE = "merge it with peft (merge_and_unload) and give the merged model as --model"
 BAR, INK = "#0072b2", "#282828"
 
 def parse_args(argv=None) -> Namespace:
@@ -106,11 +106,9 @@ WORDS = """1. **Facial Expression Category**:<expression_category>
 2. **Muscle Movements**:<muscle_movements>
 3. **Emotional Implication**:<emotional_implication>
 4. **Symmetry**:<symmetry>"""
-NUMBERS = [f'"{name[0].upper()}{name[1:]}": <{name}>' for name in ARKIT_NAMES]
-NUMBERS = "{" + ", ".join(NUMBERS) + "}"  # {"EyeBlinkLeft": <eyeBlinkLeft>, ...}
-# The paper's order is "semantic".
-ANSWERS = {"semantic": f"{WORDS}\n\n{NUMBERS}", "numbers-first": f"{NUMBERS}\n\n{WORDS}",
-           "numeric": NUMBERS}
+NUMBERS = "{" + ", ".join(f'"{name[0].upper()}{name[1:]}": <{name}>' for name in ARKIT_NAMES) + "}"
+ANSWERS = {"semantic": f"{WORDS}\n\n{NUMBERS}",  # the paper's order
+           "numbers-first": f"{NUMBERS}\n\n{WORDS}", "numeric": NUMBERS}
 
 def answer_skeleton(supervision: str) -> list[tuple]:
     """Returns the answer as (fixed text, slot that follows it) pairs. The last slot is None."""
@@ -224,7 +222,7 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     return torch.cat([zero * tenths, one], dim=-1), choice
 
 @torch.inference_mode()
-def decode_answers(predictor: "Predictor", inputs: dict) -> tuple:
+def decode_answers(predictor: SimpleNamespace, inputs: dict) -> tuple:
     """Decodes a batch. Returns distributions (B, C, 11), greedy choices (B, C) and descriptions."""
     tokenizer = predictor.tokenizer
     encode = partial(tokenizer.encode, add_special_tokens=False)
@@ -263,17 +261,6 @@ def read_headings(text: str) -> dict | None:
     return {field: " ".join(words) for field, words in zip(FIELDS, bodies)}
 
 # ---- Loading a checkpoint ------------------------------------------------------------------------
-@dataclass
-class Predictor:
-    """What `load` returns and `predict` takes."""
-    model: nn.Module  # a Qwen-VL, with its adapter merged
-    tokenizer: object
-    image_processor: object
-    system: str  # the system prompt, usually empty
-    prompt: str  # the user's text next to the picture
-    supervision: str | None  # a key of ANSWERS, or None for a checkpoint trained elsewhere
-    max_pixels: int  # larger pictures are shrunk to this area
-
 def read_prompt(path: Path) -> dict:
     """Reads {"system", "prompt"} from a text file, or from the first record of a .jsonl."""
     text = path.read_text(encoding="utf-8-sig").lstrip()
@@ -309,8 +296,9 @@ def load_base(source: str, dtype: torch.dtype) -> tuple:
         raise ValueError(f"the model in {source} cannot be used: {error!s:.250}")
 
 def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
-         prompt_file: str | None = None, base: str | None = None) -> Predictor:
-    """Loads a run of distill.py or, with `prompt_file`, any Qwen-VL or adapter for one.
+         prompt_file: str | None = None, base: str | None = None) -> SimpleNamespace:
+    """Loads what predict() takes: a run of distill.py or, with `prompt_file`, any Qwen-VL or an
+    adapter for one. `supervision` is a key of ANSWERS, or None if it was trained elsewhere.
 
     `base` replaces the base model that an adapter names. Raises ValueError if the checkpoint is
     unfinished, damaged, or of an unsupported kind.
@@ -329,11 +317,13 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
 
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     if (folder / "adapter_config.json").is_file():
-        model, *processors = load_adapter(folder, base, dtype)
+        model, tokenizer, image_processor = load_adapter(folder, base, dtype)
     else:
-        model, *processors = load_base(model_dir, dtype)
-    return Predictor(model.to(device).eval(), *processors, run["system"], run["prompt"],
-                     run["supervision"], run["max_pixels"])
+        model, tokenizer, image_processor = load_base(model_dir, dtype)
+    return SimpleNamespace(
+        model=model.to(device).eval(), tokenizer=tokenizer, image_processor=image_processor,
+        system=run["system"], prompt=run["prompt"], supervision=run["supervision"],
+        max_pixels=run["max_pixels"])
 
 @torch.no_grad()
 def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
@@ -345,27 +335,26 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
         model, *processors = load_base(base or config["base_model_name_or_path"], dtype)
         for name, plain in PLAIN_LORA.items():
             if config.get(name) not in plain:
-                raise ValueError(f"{name} = {config.get(name)!s:.40} is not plain LoRA; {MERGE}")
+                raise ValueError(f"{name} = {config.get(name)!s:.40}")
 
+        weights = dict(model.named_parameters())
         updates = load_file(folder / "adapter_model.safetensors")
-        stems = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in updates}
-        weights, empty = dict(model.named_parameters()), torch.empty(0)  # empty fits nothing
         if not updates:
-            raise ValueError("it is empty")
-        for stem in sorted(stems):
-            low = updates.get(f"{stem}.lora_A.weight", empty).float()  # (r, in)
-            high = updates.get(f"{stem}.lora_B.weight", empty).float()  # (out, r)
-            weight = weights.get(stem.removeprefix("base_model.model.") + ".weight", empty)
-            is_pair = high.shape[1:] == low.shape[:1]
-            fits = is_pair and high.shape[:1] + low.shape[1:] == weight.shape
+            raise ValueError("it holds no tensor")
+        for stem in sorted({key.rpartition(".lora_")[0] for key in updates}):
+            low = updates[f"{stem}.lora_A.weight"].float()  # (r, in)
+            high = updates[f"{stem}.lora_B.weight"].float()  # (out, r)
+            weight = weights[stem.removeprefix("base_model.model.") + ".weight"]
+            update = config["lora_alpha"] / len(low) * high @ low
             # lm_head and the embeddings may be one weight, so a change to one would change both.
             # Weights of one byte are too coarse to add to.
             may_be_tied = re.search("embed_tokens|lm_head", stem)
-            if not fits or may_be_tied or weight.element_size() < 2:
-                raise ValueError(f"{stem} is not plain LoRA of a weight of this base; {MERGE}")
-            weight.copy_(weight.float() + config["lora_alpha"] / len(low) * high @ low)
+            if update.shape != weight.shape or may_be_tied or weight.element_size() < 2:
+                raise ValueError(f"{stem} does not fit")
+            weight.copy_(weight.float() + update)
     except Exception as error:  # damaged files raise many types
-        raise ValueError(f"adapter {folder} (--base sets its base model): {error}")
+        raise ValueError(f"adapter {folder} (--base sets its base model): {error!s:.200}; if it is "
+                         "not plain LoRA, merge it with peft and give the merged model as --model")
     return model, *processors
 
 # ---- Pictures -> predictions ---------------------------------------------------------------------
@@ -384,7 +373,7 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
     image = "<|vision_start|>" + "<|image_pad|>" * image_tokens + "<|vision_end|>"
     return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-def prepare(predictor: Predictor, pixels: list) -> dict:
+def prepare(predictor: SimpleNamespace, pixels: list) -> dict:
     """Builds model inputs for B pictures. Prompts (B, T) are padded on the left, so that answers
     start together."""
     grid = torch.cat([one["image_grid_thw"] for one in pixels])  # (B, 3)
@@ -400,7 +389,7 @@ def prepare(predictor: Predictor, pixels: list) -> dict:
     inputs["image_grid_thw"] = grid
     return dict(inputs.to(predictor.model.device))
 
-def predict(predictor: Predictor, images: list, estimate: str = "mean") -> list[dict]:
+def predict(predictor: SimpleNamespace, images: list, estimate: str = "mean") -> list[dict]:
     """Returns the prediction records of one batch of images, in order. Images are paths or upright
     PIL pictures. An unusable picture gets a record with "error" and null coefficients."""
     processor = predictor.image_processor
@@ -425,12 +414,11 @@ def predict(predictor: Predictor, images: list, estimate: str = "mean") -> list[
 
     # Mean and standard deviation of each distribution.
     probabilities, choice, descriptions = decode_answers(predictor, prepare(predictor, pixels))
-    probabilities = probabilities.double()
     values = torch.arange(11, dtype=torch.float64, device=choice.device) / 10  # (11,)
-    mean = probabilities @ values  # (B, C)
-    std = (probabilities @ values ** 2 - mean ** 2).clamp(min=0).sqrt()
+    mean = probabilities.double() @ values  # (B, C)
+    std = (probabilities.double() @ values ** 2 - mean ** 2).clamp(min=0).sqrt()
     numbers = mean if estimate == "mean" else values[choice]
-    numbers, std = (x.round(decimals=4).tolist() for x in (numbers, std))
+    numbers, std = numbers.round(decimals=4).tolist(), std.round(decimals=4).tolist()
     usable = [record for record in records if not record["error"]]
     for record, row, stds, words in zip(usable, numbers, std, descriptions):
         record["coefficients"] = dict(zip(ARKIT_NAMES, row))
@@ -441,13 +429,10 @@ def predict(predictor: Predictor, images: list, estimate: str = "mean") -> list[
 # ---- Files and charts ----------------------------------------------------------------------------
 def list_pictures(folder: Path) -> list[Path]:
     """Lists a folder's pictures in natural order (frame2 before frame10), without hidden files."""
-    def natural(path: Path) -> tuple:
-        padded = re.sub(r"\d+", lambda digits: digits[0].zfill(20), path.name.lower())
-        return padded, path.name
-
-    pictures = [path for path in folder.iterdir()
+    pictures = [path for path in sorted(folder.iterdir())
                 if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
-    return sorted(pictures, key=natural)
+    return sorted(pictures, key=lambda path: re.sub(
+        r"\d+", lambda digits: digits[0].zfill(20), path.name.lower()))
 
 def list_images(inputs: list) -> list[Path]:
     """Lists the pictures in files, folders and .jsonl records. Raises ValueError if none exists."""
@@ -455,20 +440,17 @@ def list_images(inputs: list) -> list[Path]:
     for path in map(Path, inputs):
         if path.is_dir():
             images += list_pictures(path)
-        elif path.suffix != ".jsonl":
-            images.append(path)
-        else:
-            lines = path.read_text("utf-8-sig", "replace").split("\n")
-            for number, line in enumerate(lines, 1):
+        elif path.suffix == ".jsonl":
+            for number, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
                 try:
-                    if line.strip():
-                        images.append(path.parent / json.loads(line)["image"])
+                    images += [path.parent / json.loads(line)["image"]] if line.strip() else []
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}; expected a record with an "
-                                     "image")
+                    raise ValueError(f"{path}, line {number}: {error}; expected an image's record")
+        else:
+            images.append(path)
     if not any(map(Path.is_file, images)):
-        raise ValueError(f"{inputs!s:.200}: no pictures found; expected pictures (.png, .jpg, ...),"
-                         " folders of them or .jsonl records")
+        raise ValueError(f"no pictures in {inputs!s:.200}; expected pictures (.png, .jpg, ...), "
+                         "folders of them or .jsonl records")
     return images
 
 def complete_lines(path: Path) -> list[bytes]:
@@ -479,7 +461,7 @@ def complete_lines(path: Path) -> list[bytes]:
     os.truncate(path, len(complete))
     return complete.splitlines()
 
-def predict_all(predictor: Predictor, names: list, args: Namespace) -> list[dict]:
+def predict_all(predictor: SimpleNamespace, names: list, args: Namespace) -> list[dict]:
     """Predicts pictures, named by their paths relative to the folder of --out. Returns the records.
     Under torchrun each process predicts a share, and only the first returns records."""
     # Each process appends to its own part. A checksum of settings and pictures is in its name, so
@@ -488,13 +470,11 @@ def predict_all(predictor: Predictor, names: list, args: Namespace) -> list[dict
     settings = [args.model, args.base, args.prompt, args.estimate, world_size, names]
     stem = f"{args.out}.{zlib.crc32(repr(settings).encode()):08x}"
     parts = [Path(f"{stem}.{k}") for k in range(world_size)]
-    if not args.resume:
-        parts[rank].unlink(missing_ok=True)
-    size = math.ceil(len(names) / world_size)
-    share = names[rank * size:(rank + 1) * size]
-    starts = range(len(complete_lines(parts[rank])), len(share), args.batch_size)
-    with parts[rank].open("a", encoding="utf-8", errors="backslashreplace") as file:
-        for start in tqdm(starts, unit=" batches", disable=True if rank else None):
+    share = np.array_split(names, world_size)[rank].tolist()
+    done = len(complete_lines(parts[rank])) if args.resume else 0
+    mode = "a" if done else "w"
+    with parts[rank].open(mode, encoding="utf-8", errors="backslashreplace") as file:
+        for start in tqdm(range(done, len(share), args.batch_size), disable=True if rank else None):
             batch = share[start:start + args.batch_size]
             images = [Path(args.out).parent / name for name in batch]
             for name, record in zip(batch, predict(predictor, images, args.estimate)):
@@ -520,17 +500,15 @@ def write_livelink(path: Path, records: list[dict], fps: int) -> None:
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        live_link_names = [name[0].upper() + name[1:] for name in ARKIT_NAMES]
-        writer.writerow(["Timecode", "BlendshapeCount", *live_link_names, *ANGLES])
+        writer.writerow(["Timecode", "BlendshapeCount", *BLENDSHAPES, *ANGLES])
         for k, record in enumerate(records):
             if record["error"]:
                 continue
             # A second has 60,000 ticks, which are thousandths of a sixtieth.
             seconds, ticks = divmod(round(60_000 * k / fps), 60_000)
             clock = f"{timedelta(seconds=seconds)!s:0>8}:{ticks // 1000:02d}.{ticks % 1000:03d}"
-            values = [record["coefficients"][name] for name in ARKIT_NAMES]
-            numbers = [f"{value:.10f}" for value in values + [0] * len(ANGLES)]
-            writer.writerow([clock, len(numbers), *numbers])
+            values = [*record["coefficients"].values(), *[0] * len(ANGLES)]
+            writer.writerow([clock, len(values), *(f"{value:.10f}" for value in values)])
 
 def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
     """Draws the photo, the description, and a bar with its standard deviation for each of the 24
@@ -547,13 +525,12 @@ def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
 
     # Right: the bars, 340 pixels long for 1.
     strongest = sorted(record["coefficients"].items(), key=itemgetter(1), reverse=True)
-    for row, (name, value) in enumerate(strongest[:24]):
-        y, std = 60 + 41 * row, record["std"][name]
-        low, high = max(value - std, 0), min(value + std, 1)
-        draw.text((748, y), name, INK, font, anchor="rm")
+    for y, (name, value) in zip(range(60, 1044, 41), strongest):
+        std = record["std"][name]
+        ends = [760 + 340 * min(max(end, 0), 1) for end in (value - std, value + std)]
+        draw.text((748, y), f"{name}   {value:.2f}", INK, font, anchor="rm")
         draw.rectangle([760, y - 8, 760 + 340 * value, y + 8], BAR)
-        draw.line([760 + 340 * low, y, 760 + 340 * high, y], INK, 2)
-        draw.text((1160, y), f"{value:.2f}", INK, font, anchor="rm")
+        draw.line([ends[0], y, ends[1], y], INK, 2)
     return chart
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -561,23 +538,20 @@ def main(args: Namespace) -> None:
     """Predicts, and writes records, take and charts."""
     out = Path(args.out)
     if out.is_dir() or os.path.realpath(out) in map(os.path.realpath, args.inputs):
-        raise ValueError(f"--out {out} is a folder or an INPUT, and would be overwritten; choose "
-                         "another file")
+        raise ValueError(f"--out {out} is a folder or an INPUT, and would be overwritten")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     logging.disable_progress_bar()
 
     # A picture is named by its path from the folder of --out. Symlinks are resolved first, because
-    # ".." after a link would lead elsewhere. A repeated picture has one record, but a row of the
-    # take each time.
-    frames = []
-    for image in list_images(args.inputs):
-        name = os.path.relpath(os.path.realpath(image), out.parent.resolve())
-        frames.append(name.replace(os.sep, "/"))
-    for folder in filter(None, (out.parent, args.csv and Path(args.csv).parent, args.plot)):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    # ".." after a link would lead elsewhere. A picture that is given twice is predicted once.
+    folder = out.parent.resolve()
+    images = dict.fromkeys(map(os.path.realpath, list_images(args.inputs)))
+    names = [os.path.relpath(image, folder).replace(os.sep, "/") for image in images]
+    for path in filter(None, (folder, args.csv and Path(args.csv).parent, args.plot)):
+        Path(path).mkdir(parents=True, exist_ok=True)
     predictor = load(args.model, args.device, args.dtype, args.prompt, args.base)
-    records = predict_all(predictor, [*dict.fromkeys(frames)], args)
+    records = predict_all(predictor, names, args)
     if not records:
         return  # only the first process reports
 
@@ -586,11 +560,10 @@ def main(args: Namespace) -> None:
         print(f"failed: {record['image']}: {record['error']}")
     print(f"wrote {out}: {len(records) - len(failed)} predictions, {len(failed)} failures")
     if args.csv:
-        by_name = {record["image"]: record for record in records}
-        write_livelink(Path(args.csv), [by_name[name] for name in frames], args.fps)
+        write_livelink(Path(args.csv), records, args.fps)
     for index, record in enumerate(records if args.plot else []):
         if not record["error"]:
-            image = out.parent / record["image"]
+            image = folder / record["image"]
             chart = draw_chart(open_image(image), record)
             chart.save(Path(args.plot, f"{index:06d}_{image.stem}.png"))
     print(f"next, if you have the truth: python evaluate.py {out} [TRUTH; default: the demo's]")
