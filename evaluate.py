@@ -150,8 +150,8 @@ def intervals(predicted: dict, true: ndarray, people: list, seed: int) -> dict:
 
     `predicted` holds an array (N, C) per file. `people` names the person in each of the N images.
     People are resampled with all their images, because images of one person are alike (percentile
-    intervals, Efron & Tibshirani 1993, Ch. 8 and 13). Fewer than five would say nothing, so then
-    the images are resampled.
+    intervals, Efron & Tibshirani 1993, Ch. 8 and 13). With fewer than five people, the images are
+    resampled instead.
     """
     names, groups = np.unique(people, return_inverse=True)  # (G,), (N,)
     if len(names) < 5:
@@ -237,7 +237,7 @@ def match(files: list, tables: list) -> list:
         failed |= {image for image in table if table[image].get("error")}
         different = (table.keys() ^ truth.keys()) - failed
         if different:
-            raise ValueError(f"{file} and {files[-1]} hold different pictures: {min(different)}")
+            raise ValueError(f"{file} and {files[-1]} hold different pictures, such as {min(different)}")
     images = [image for image in truth if image not in failed]
     return [[table[image] for image in images] for table in tables]
 
@@ -269,7 +269,7 @@ def draw_plot(rows: dict, predicted: ndarray, true: ndarray) -> Image.Image:
     """Draws a panel per coefficient, given its row of metrics: predicted (N, C), upwards, against
     true, to the right. A dot is a picture, on the diagonal if it is right."""
     pixels = np.full((680, 1900), 255, np.uint8)
-    for x, y, grey in [(DIAGONAL, DIAGONAL, 190), (true, predicted, 0)]:
+    for x, y, grey in [(DIAGONAL, DIAGONAL, 190), (true, predicted, 0)]:  # in all panels at once
         pixels[BOTTOM - (120 * y).astype(int), LEFT + (120 * x).astype(int)] = grey
     chart = Image.fromarray(pixels)
     draw = ImageDraw.Draw(chart)
