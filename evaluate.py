@@ -237,7 +237,7 @@ def match(files: list, tables: list) -> list:
         failed |= {image for image in table if table[image].get("error")}
         different = (table.keys() ^ truth.keys()) - failed
         if different:
-            raise ValueError(f"{file} and {files[-1]} hold different pictures, such as {min(different)}")
+            raise ValueError(f"{file} and {files[-1]} differ in pictures such as {min(different)}")
     images = [image for image in truth if image not in failed]
     return [[table[image] for image in images] for table in tables]
 

@@ -1279,9 +1279,9 @@ def test_people_who_are_also_in_the_training_records_are_counted(demo, tmp_path,
     assert "3 of 7 people are also in the training records" in capsys.readouterr().out
 
 @pytest.mark.parametrize("change, message", [
-    (lambda records: records[1:], "different pictures, such as .*png"),
+    (lambda records: records[1:], "differ in pictures such as .*png"),
     (lambda records: records + records[:1], "line 21: .*second record"),
-    (lambda records: records + [{**records[1], "image": "x.png"}], "different pictures, such as .*x.png")])
+    (lambda records: records + [{**records[1], "image": "x.png"}], "differ in pictures such as .*x.png")])
 def test_mismatches_are_refused(change, message, demo, tmp_path):
     records = [{**record, "image": str(demo / record["image"]), "error": None} for record in read_jsonl(demo / "val.jsonl")]
     assert_refused(message, evaluate, write_jsonl(tmp_path / "p.jsonl", change(records)), demo / "val.jsonl")
