@@ -16,9 +16,7 @@ Writes: prediction records, one JSON object per line. An unusable picture has an
 Shapes: B images, T tokens so far, n new tokens, D width, C = 52 coefficients, L tokens per number.
 """
 import argparse
-import csv
 import json
-import math
 import os
 import re
 import sys
@@ -26,10 +24,7 @@ import textwrap
 import zlib
 from argparse import Namespace
 from datetime import timedelta
-from functools import partial
-from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -40,7 +35,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import logging
 
 # The 52 ARKit names in the column order of Live Link Face. Every script repeats this block.
 ARKIT_NAMES = """
@@ -59,22 +53,19 @@ VALUES = [f"{k / 10:.1f}" for k in range(11)]  # each coefficient is written wit
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
-# The columns of a Live Link Face take. The last nine are not predicted.
-BLENDSHAPES = [name[0].upper() + name[1:] for name in ARKIT_NAMES]  # EyeBlinkLeft, ...
-ANGLES = ["HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
-          "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
+# The columns of a Live Link Face take. The last nine, which are angles, are not predicted.
+COLUMNS = ["Timecode", "BlendshapeCount", *(name[0].upper() + name[1:] for name in ARKIT_NAMES),
+           "HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
+           "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
 FIELD_TOKENS, WORDS_TOKENS = 150, 600  # limits of a field, and of all words of a foreign model
 AUTHORS_PIXELS = 1024 * 32 * 32  # for checkpoints trained elsewhere: 1024 image tokens
 # Settings of a plain LoRA, with their allowed values. With others, such as init_lora_weights =
 # pissa, which changes W, the result would not be W + B A.
-UNSET = [None, False, {}, [], "none"]
-PLAIN_LORA = {
-    "peft_type": ["LORA"],
-    "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"],
-    **dict.fromkeys(["bias", "use_dora", "use_rslora", "use_qalora", "alpha_pattern", "lora_bias",
-                     "rank_pattern", "modules_to_save", "alora_invocation_tokens", "fan_in_fan_out",
-                     "trainable_token_indices", "target_parameters", "layer_replication"], UNSET)}
-BAR, INK = "#0072b2", "#282828"
+UNSET = """bias use_dora use_rslora use_qalora alpha_pattern rank_pattern lora_bias modules_to_save
+    alora_invocation_tokens trainable_token_indices target_parameters layer_replication
+    fan_in_fan_out""".split()
+PLAIN_LORA = {"peft_type": ["LORA"], **dict.fromkeys(UNSET, [None, False, {}, [], "none"]),
+              "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]}
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
@@ -86,8 +77,7 @@ def parse_args(argv=None) -> Namespace:
     add("--model", default="runs/demo", help="checkpoint, adapter or hub id (default %(default)s)")
     add("--base", help="base model of an adapter, if the one in its config does not exist here")
     add("--prompt", help="prompt of a checkpoint trained elsewhere: a .jsonl whose first record "
-        "has messages, or a text file. A system prompt, such as Qwen2.5-VL's 'You are a helpful "
-        "assistant.', comes first in the text file, then a line ---, then the prompt")
+        "has messages, or a text file (first a system prompt and a line ---, if it needs one)")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
     add("--csv", help="also write a Live Link Face take with a row per usable picture")
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
@@ -154,8 +144,9 @@ def decode_text(state: State, tokenizer, stop: str, limit: int) -> list[str]:
     for _ in range(limit):
         ids = state.model.lm_head(state.last).argmax(dim=-1)  # (B, 1)
         columns.append(ids)
-        is_open = is_open * ids.new_tensor([[not over.search(token)]
-                                            for token in tokenizer.batch_decode(ids)])
+        for row, token in enumerate(tokenizer.batch_decode(ids)):
+            if over.search(token):
+                is_open[row] = 0
         if not is_open.any():
             break
         state.feed(ids, is_open)  # where a text has ended, this is padding
@@ -172,31 +163,30 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
         feed 0.2, 0.5, 0.1 -> it chooses the same again, so this is the greedy answer
 
     A choice is final if all tokens fed before it are. So each pass makes at least one more token
-    final, and the loop ends. `pieces` are the (token ids, name) pairs of the block, `value_ids`
-    (11, L) the tokens of VALUES. Returns distributions (B, C, 11) and greedy choices (B, C).
+    final, and the loop ends. `pieces` holds the token ids of the fixed text before each number,
+    `value_ids` (11, L) those of VALUES. Returns distributions (B, C, 11) and greedy choices (B, C).
     """
     # The tokens of the block, with 0.0 as the first guess of each number.
     block, starts = [], []
-    for fixed_ids, _ in pieces:
+    for fixed_ids in pieces:
         block += fixed_ids
         starts.append(len(block))
         block += value_ids[0].tolist()
     places = torch.tensor(starts)[:, None] + torch.arange(value_ids.shape[1])  # (C, L)
-    tokens = value_ids.new_tensor(block).repeat(len(state.mask), 1)  # (B, n)
-    guess = torch.zeros_like(tokens[:, starts])  # (B, C)
+    tokens = value_ids.new_tensor([block] * len(state.mask))  # (B, n)
 
     hidden = state.feed(tokens)  # (B, n, D)
     while True:
         predicting = hidden[:, places - 1]  # (B, C, L, D): position t - 1 predicts token t
         probabilities, choice = read_numbers(state.model.lm_head.weight, predicting, value_ids)
-        changed = (choice != guess).any(dim=0).nonzero()  # (changed, 1), in any answer
-        if not len(changed):
+        chosen = value_ids[choice]  # (B, C, L)
+        is_changed = (chosen != tokens[:, places]).any(dim=(0, 2)).tolist()  # (C,), in any answer
+        if not any(is_changed):
             return probabilities, choice
 
         # Feed again from the first number that has changed.
-        guess = choice
-        tokens[:, places] = value_ids[choice]  # (B, C, L)
-        start = starts[changed[0].item()]
+        tokens[:, places] = chosen
+        start = starts[is_changed.index(True)]
         state.drop(len(block) - start)
         hidden[:, start:] = state.feed(tokens[:, start:])
 
@@ -218,31 +208,30 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     # probability of "0" counts as 0.9, the value next to 1.0.
     zero, one = units.softmax(dim=-1).split(1, dim=-1)  # (B, C, 1) each
     tenths = tenths.softmax(dim=-1)
-    tenths[is_one] = torch.eye(10, device=tenths.device)[9]
+    tenths[is_one] = 0
+    tenths[is_one, 9] = 1
     return torch.cat([zero * tenths, one], dim=-1), choice
 
 @torch.inference_mode()
-def decode_answers(predictor: SimpleNamespace, inputs: dict) -> tuple:
+def decode_answers(predictor: Namespace, inputs: dict) -> tuple:
     """Decodes a batch. Returns distributions (B, C, 11), greedy choices (B, C) and descriptions."""
-    tokenizer = predictor.tokenizer
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    value_ids = inputs["input_ids"].new_tensor([encode(value) for value in VALUES])  # (11, L)
-    skeleton = answer_skeleton(predictor.supervision or "numeric")  # of a foreign model, see below
-    pieces = [(encode(text), slot) for text, slot in skeleton]
-    numbers = [piece for piece in pieces if piece[1] in ARKIT_NAMES]
-    state = State(predictor.model, inputs)
+    tokenizer, state = predictor.tokenizer, State(predictor.model, inputs)
     descriptions = [{} for _ in state.mask]
+    value_ids = state.mask.new_tensor(tokenizer(VALUES)["input_ids"])  # (11, L)
+    skeleton = answer_skeleton(predictor.supervision or "numeric")  # of a foreign model, see below
+    pieces = [(tokenizer.encode(text), slot) for text, slot in skeleton]
+    numbers = [fixed_ids for fixed_ids, slot in pieces if slot in ARKIT_NAMES]
 
     # A checkpoint trained elsewhere writes its words as one text, up to the JSON object.
     if predictor.supervision is None:
-        opening = tokenizer.decode(numbers[0][0][:1])  # {"
+        opening = tokenizer.decode(numbers[0][:1])  # {"
         texts = decode_text(state, tokenizer, opening, WORDS_TOKENS)
-        descriptions = [read_headings(text) for text in texts]
+        descriptions = list(map(read_headings, texts))
 
     # Ours has four fields and a block of numbers, in either order.
     for fixed_ids, slot in pieces:
         if slot in FIELDS:
-            state.feed(state.mask.new_tensor(fixed_ids).repeat(len(state.mask), 1))  # (B, n)
+            state.feed(state.mask.new_tensor([fixed_ids] * len(state.mask)))  # (B, n)
             texts = decode_text(state, tokenizer, "\n", FIELD_TOKENS)
             for description, text in zip(descriptions, texts):
                 description[slot] = text
@@ -269,7 +258,7 @@ def read_prompt(path: Path) -> dict:
         if text.startswith(("{", "[")):
             messages = json.loads(text.split("\n")[0])["messages"]
             turns = {message["role"]: message["content"] for message in messages}
-            system, prompt = turns.get("system", ""), turns["user"].removeprefix("<image>")
+            system, prompt = turns.get("system"), turns["user"].removeprefix("<image>")
         if not prompt or "<image>" in prompt:
             raise ValueError("the prompt is empty or contains <image> after its start")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -296,34 +285,31 @@ def load_base(source: str, dtype: torch.dtype) -> tuple:
         raise ValueError(f"the model in {source} cannot be used: {error!s:.250}")
 
 def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
-         prompt_file: str | None = None, base: str | None = None) -> SimpleNamespace:
+         prompt_file: str | None = None, base: str | None = None) -> Namespace:
     """Loads what predict() takes: a run of distill.py or, with `prompt_file`, any Qwen-VL or an
-    adapter for one. `supervision` is a key of ANSWERS, or None if it was trained elsewhere.
-
-    `base` replaces the base model that an adapter names. Raises ValueError if the checkpoint is
-    unfinished, damaged, or of an unsupported kind.
-    """
+    adapter for one. `base` replaces the base model that an adapter names. Raises ValueError if the
+    checkpoint is unfinished, damaged, or of an unsupported kind."""
+    # The settings of the run. `supervision` is None for a checkpoint that was trained elsewhere.
     folder = Path(model_dir)
-    run = {"supervision": None, "max_pixels": AUTHORS_PIXELS, "system": ""}
+    predictor = Namespace(supervision=None, max_pixels=AUTHORS_PIXELS, system=None)
     if (folder / "run.json").is_file():
-        run |= json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if run.get("answer") != "headings":  # older versions of distill.py wrote answers as JSON
+        vars(predictor).update(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        if "answer" not in predictor:  # older versions of distill.py wrote answers as JSON
             raise ValueError(f"{folder} was trained with another answer form; train again")
     elif not prompt_file:
         raise ValueError(f"--model {folder} holds no finished run; train one with python distill.py"
                          ", or give the --prompt of a model that was trained elsewhere")
     if prompt_file:
-        run |= read_prompt(Path(prompt_file))
+        vars(predictor).update(read_prompt(Path(prompt_file)))
 
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     if (folder / "adapter_config.json").is_file():
-        model, tokenizer, image_processor = load_adapter(folder, base, dtype)
+        model, *processors = load_adapter(folder, base, dtype)
     else:
-        model, tokenizer, image_processor = load_base(model_dir, dtype)
-    return SimpleNamespace(
-        model=model.to(device).eval(), tokenizer=tokenizer, image_processor=image_processor,
-        system=run["system"], prompt=run["prompt"], supervision=run["supervision"],
-        max_pixels=run["max_pixels"])
+        model, *processors = load_base(model_dir, dtype)
+    predictor.model = model.to(device).eval()
+    predictor.tokenizer, predictor.image_processor = processors
+    return predictor
 
 @torch.no_grad()
 def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
@@ -332,19 +318,18 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
     since anything else would silently give wrong results."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        model, *processors = load_base(base or config["base_model_name_or_path"], dtype)
         for name, plain in PLAIN_LORA.items():
             if config.get(name) not in plain:
                 raise ValueError(f"{name} = {config.get(name)!s:.40}")
 
-        weights = dict(model.named_parameters())
-        updates = load_file(folder / "adapter_model.safetensors")
-        if not updates:
+        model, *processors = load_base(base or config["base_model_name_or_path"], dtype)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if not tensors:
             raise ValueError("it holds no tensor")
-        for stem in sorted({key.rpartition(".lora_")[0] for key in updates}):
-            low = updates[f"{stem}.lora_A.weight"].float()  # (r, in)
-            high = updates[f"{stem}.lora_B.weight"].float()  # (out, r)
-            weight = weights[stem.removeprefix("base_model.model.") + ".weight"]
+        for stem in sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in tensors}):
+            low = tensors[f"{stem}.lora_A.weight"].float()  # (r, in)
+            high = tensors[f"{stem}.lora_B.weight"].float()  # (out, r)
+            weight = model.get_parameter(f"{stem}.weight".removeprefix("base_model.model."))
             update = config["lora_alpha"] / len(low) * high @ low
             # lm_head and the embeddings may be one weight, so a change to one would change both.
             # Weights of one byte are too coarse to add to.
@@ -373,7 +358,7 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
     image = "<|vision_start|>" + "<|image_pad|>" * image_tokens + "<|vision_end|>"
     return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-def prepare(predictor: SimpleNamespace, pixels: list) -> dict:
+def prepare(predictor: Namespace, pixels: list) -> dict:
     """Builds model inputs for B pictures. Prompts (B, T) are padded on the left, so that answers
     start together."""
     grid = torch.cat([one["image_grid_thw"] for one in pixels])  # (B, 3)
@@ -381,7 +366,7 @@ def prepare(predictor: SimpleNamespace, pixels: list) -> dict:
     system = f"<|im_start|>system\n{predictor.system}<|im_end|>\n" if predictor.system else ""
     texts = [system + prompt_text(predictor.prompt, count) for count in counts.tolist()]
     inputs = predictor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt",
-                                 add_special_tokens=False, return_token_type_ids=False)
+                                 return_token_type_ids=False)
     # Without mm_token_type_ids, image tokens would silently get the positions of text.
     is_image = inputs["input_ids"] == predictor.model.config.image_token_id
     inputs["mm_token_type_ids"] = is_image.long()
@@ -389,24 +374,21 @@ def prepare(predictor: SimpleNamespace, pixels: list) -> dict:
     inputs["image_grid_thw"] = grid
     return dict(inputs.to(predictor.model.device))
 
-def predict(predictor: SimpleNamespace, images: list, estimate: str = "mean") -> list[dict]:
+def predict(predictor: Namespace, images: list, estimate: str = "mean") -> list[dict]:
     """Returns the prediction records of one batch of images, in order. Images are paths or upright
     PIL pictures. An unusable picture gets a record with "error" and null coefficients."""
     processor = predictor.image_processor
     token_side = processor.patch_size * processor.merge_size  # pixels
-    # Despite their names, these are areas in pixels.
-    size = {"shortest_edge": token_side ** 2, "longest_edge": predictor.max_pixels}
+    size = {"shortest_edge": token_side ** 2, "longest_edge": predictor.max_pixels}  # areas
     records, pixels = [], []
     for source in images:
         record = dict.fromkeys(["image", "coefficients", "std", "description", "error"])
         records.append(record)
         try:
-            if isinstance(source, Image.Image):
-                picture = source.convert("RGB")
-            else:
+            if not isinstance(source, Image.Image):
                 record["image"] = str(source)
-                picture = open_image(source)
-            pixels.append(processor([picture], size=size, return_tensors="pt"))
+                source = open_image(source)
+            pixels.append(processor([source], size=size, return_tensors="pt"))
         except Exception as error:  # Pillow raises many types on damaged files
             record["error"] = f"{type(error).__name__}: {error}"
     if not pixels:
@@ -417,10 +399,11 @@ def predict(predictor: SimpleNamespace, images: list, estimate: str = "mean") ->
     values = torch.arange(11, dtype=torch.float64, device=choice.device) / 10  # (11,)
     mean = probabilities.double() @ values  # (B, C)
     std = (probabilities.double() @ values ** 2 - mean ** 2).clamp(min=0).sqrt()
-    numbers = mean if estimate == "mean" else values[choice]
-    numbers, std = numbers.round(decimals=4).tolist(), std.round(decimals=4).tolist()
+    estimates = mean if estimate == "mean" else values[choice]
+    numbers = torch.stack([estimates, std], dim=1).round(decimals=4).tolist()  # (B, 2, C)
+
     usable = [record for record in records if not record["error"]]
-    for record, row, stds, words in zip(usable, numbers, std, descriptions):
+    for record, (row, stds), words in zip(usable, numbers, descriptions):
         record["coefficients"] = dict(zip(ARKIT_NAMES, row))
         record["std"] = dict(zip(ARKIT_NAMES, stds))
         record["description"] = words or None
@@ -435,23 +418,23 @@ def list_pictures(folder: Path) -> list[Path]:
         r"\d+", lambda digits: digits[0].zfill(20), path.name.lower()))
 
 def list_images(inputs: list) -> list[Path]:
-    """Lists the pictures in files, folders and .jsonl records. Raises ValueError if none exists."""
+    """Lists the pictures of all inputs, each once. Raises ValueError if none of them exists."""
     images = []
     for path in map(Path, inputs):
         if path.is_dir():
             images += list_pictures(path)
-        elif path.suffix == ".jsonl":
+        elif path.suffix != ".jsonl":
+            images.append(path)
+        else:
             for number, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
                 try:
-                    images += [path.parent / json.loads(line)["image"]] if line.strip() else []
+                    if line.strip():
+                        images.append(path.parent / json.loads(line)["image"])
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(f"{path}, line {number}: {error}; expected an image's record")
-        else:
-            images.append(path)
     if not any(map(Path.is_file, images)):
-        raise ValueError(f"no pictures in {inputs!s:.200}; expected pictures (.png, .jpg, ...), "
-                         "folders of them or .jsonl records")
-    return images
+        raise ValueError(f"no pictures in {inputs!s:.200}; expected pictures, folders or .jsonl")
+    return list(dict.fromkeys(map(Path.resolve, images)))
 
 def complete_lines(path: Path) -> list[bytes]:
     """Returns the lines that an interrupted run left in a file, and cuts off a torn last one."""
@@ -461,24 +444,27 @@ def complete_lines(path: Path) -> list[bytes]:
     os.truncate(path, len(complete))
     return complete.splitlines()
 
-def predict_all(predictor: SimpleNamespace, names: list, args: Namespace) -> list[dict]:
-    """Predicts pictures, named by their paths relative to the folder of --out. Returns the records.
-    Under torchrun each process predicts a share, and only the first returns records."""
+def predict_all(predictor: Namespace, images: list[Path], args: Namespace) -> list[dict]:
+    """Predicts pictures, writes the records to --out and returns them. Under torchrun each process
+    predicts a share, and only the first one writes --out and returns records."""
     # Each process appends to its own part. A checksum of settings and pictures is in its name, so
     # that only the same command continues it.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    settings = [args.model, args.base, args.prompt, args.estimate, world_size, names]
-    stem = f"{args.out}.{zlib.crc32(repr(settings).encode()):08x}"
-    parts = [Path(f"{stem}.{k}") for k in range(world_size)]
-    share = np.array_split(names, world_size)[rank].tolist()
+    rank, world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+    settings = [args.model, args.base, args.prompt, args.estimate, world_size, images]
+    checksum = zlib.crc32(repr(settings).encode())
+    parts = [Path(f"{args.out}.{checksum:08x}.{k}") for k in range(world_size)]
+    share = np.array_split(images, world_size)[rank]
     done = len(complete_lines(parts[rank])) if args.resume else 0
-    mode = "a" if done else "w"
-    with parts[rank].open(mode, encoding="utf-8", errors="backslashreplace") as file:
-        for start in tqdm(range(done, len(share), args.batch_size), disable=True if rank else None):
+
+    # Predict. A picture is named by its path from the folder of --out, free of symlinks, because
+    # ".." after a link would lead elsewhere.
+    folder = Path(args.out).parent.resolve()
+    with parts[rank].open("a" if done else "w") as file:
+        for start in tqdm(range(done, len(share), args.batch_size), disable=rank > 0):
             batch = share[start:start + args.batch_size]
-            images = [Path(args.out).parent / name for name in batch]
-            for name, record in zip(batch, predict(predictor, images, args.estimate)):
-                file.write(json.dumps({**record, "image": name}, ensure_ascii=False) + "\n")
+            for record in predict(predictor, batch, args.estimate):
+                record["image"] = os.path.relpath(record["image"], folder).replace(os.sep, "/")
+                file.write(json.dumps(record) + "\n")
             file.flush()
 
     # The first process waits for the others and joins the parts.
@@ -494,21 +480,17 @@ def predict_all(predictor: SimpleNamespace, names: list, args: Namespace) -> lis
     return [json.loads(line) for line in text.splitlines()]
 
 def write_livelink(path: Path, records: list[dict], fps: int) -> None:
-    """Writes a Live Link Face take: 61 values per row, and no row for an unusable picture.
-
-    Timecodes are HH:MM:SS:FF.mmm. FF counts sixtieths of a second, whatever `fps` is.
-    """
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["Timecode", "BlendshapeCount", *BLENDSHAPES, *ANGLES])
-        for k, record in enumerate(records):
-            if record["error"]:
-                continue
+    """Writes a Live Link Face take: 61 values per row, and no row for an unusable picture. The
+    timecode HH:MM:SS:FF.mmm counts sixtieths of a second in FF, whatever `fps` is."""
+    rows = [COLUMNS]
+    for k, record in enumerate(records):
+        if not record["error"]:
             # A second has 60,000 ticks, which are thousandths of a sixtieth.
             seconds, ticks = divmod(round(60_000 * k / fps), 60_000)
             clock = f"{timedelta(seconds=seconds)!s:0>8}:{ticks // 1000:02d}.{ticks % 1000:03d}"
-            values = [*record["coefficients"].values(), *[0] * len(ANGLES)]
-            writer.writerow([clock, len(values), *(f"{value:.10f}" for value in values)])
+            values = [*record["coefficients"].values(), *[0] * 9]
+            rows.append([clock, "61", *(f"{value:.10f}" for value in values)])
+    path.write_text("".join(",".join(row) + "\n" for row in rows))
 
 def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
     """Draws the photo, the description, and a bar with its standard deviation for each of the 24
@@ -517,55 +499,46 @@ def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
     draw, font = ImageDraw.Draw(chart), ImageFont.load_default(16)
 
     # Left: the photo, with the words below it.
-    photo = ImageOps.contain(picture, (500, 360), Image.Resampling.LANCZOS)
-    chart.paste(photo, (40, 40))
+    chart.paste(ImageOps.pad(picture, (500, 360), color="white"), (40, 40))
     words = (record["description"] or {}).values()
     paragraphs = "\n\n".join(textwrap.fill(text, 62) for text in words)
-    draw.text((40, 60 + photo.height), paragraphs, INK, font, spacing=5)
+    draw.text((40, 420), paragraphs, "black", font)
 
-    # Right: the bars, 340 pixels long for 1.
-    strongest = sorted(record["coefficients"].items(), key=itemgetter(1), reverse=True)
-    for y, (name, value) in zip(range(60, 1044, 41), strongest):
-        std = record["std"][name]
-        ends = [760 + 340 * min(max(end, 0), 1) for end in (value - std, value + std)]
-        draw.text((748, y), f"{name}   {value:.2f}", INK, font, anchor="rm")
-        draw.rectangle([760, y - 8, 760 + 340 * value, y + 8], BAR)
-        draw.line([ends[0], y, ends[1], y], INK, 2)
+    # Right: the bars, 240 pixels long for 1.
+    coefficients = record["coefficients"]
+    strongest = sorted(coefficients, key=coefficients.get, reverse=True)
+    for y, name in zip(range(60, 1044, 41), strongest):
+        end, std = 880 + 240 * coefficients[name], 240 * record["std"][name]
+        draw.text((580, y), f"{coefficients[name]:.2f}  {name}", "black", font, anchor="lm")
+        draw.rectangle([880, y - 8, end, y + 8], "#0072b2")
+        draw.line([end - std, y, end + std, y], "black", 2)
     return chart
 
 # ---- Main ----------------------------------------------------------------------------------------
 def main(args: Namespace) -> None:
     """Predicts, and writes records, take and charts."""
     out = Path(args.out)
-    if out.is_dir() or os.path.realpath(out) in map(os.path.realpath, args.inputs):
+    if out.is_dir() or out.resolve() in [Path(path).resolve() for path in args.inputs]:
         raise ValueError(f"--out {out} is a folder or an INPUT, and would be overwritten")
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    logging.disable_progress_bar()
-
-    # A picture is named by its path from the folder of --out. Symlinks are resolved first, because
-    # ".." after a link would lead elsewhere. A picture that is given twice is predicted once.
-    folder = out.parent.resolve()
-    images = dict.fromkeys(map(os.path.realpath, list_images(args.inputs)))
-    names = [os.path.relpath(image, folder).replace(os.sep, "/") for image in images]
-    for path in filter(None, (folder, args.csv and Path(args.csv).parent, args.plot)):
-        Path(path).mkdir(parents=True, exist_ok=True)
+        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
+    images = list_images(args.inputs)
+    for folder in (out.parent, Path(args.csv or out).parent, Path(args.plot or out.parent)):
+        folder.mkdir(parents=True, exist_ok=True)
     predictor = load(args.model, args.device, args.dtype, args.prompt, args.base)
-    records = predict_all(predictor, names, args)
+    records = predict_all(predictor, images, args)
     if not records:
         return  # only the first process reports
 
-    failed = [record for record in records if record["error"]]
-    for record in failed[:5]:
-        print(f"failed: {record['image']}: {record['error']}")
-    print(f"wrote {out}: {len(records) - len(failed)} predictions, {len(failed)} failures")
     if args.csv:
         write_livelink(Path(args.csv), records, args.fps)
-    for index, record in enumerate(records if args.plot else []):
-        if not record["error"]:
-            image = folder / record["image"]
+    for index, (image, record) in enumerate(zip(images, records)):
+        if record["error"]:
+            print(f"failed: {image}: {record['error']}")
+        elif args.plot:
             chart = draw_chart(open_image(image), record)
             chart.save(Path(args.plot, f"{index:06d}_{image.stem}.png"))
+    print(f"wrote {len(records)} records to {out}")
     print(f"next, if you have the truth: python evaluate.py {out} [TRUTH; default: the demo's]")
 
 if __name__ == "__main__":
