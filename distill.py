@@ -29,7 +29,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -77,9 +77,9 @@ VAL_RECORDS = 64  # for the validation loss, which only monitors the training
 LOADERS, BATCHES_AHEAD = 2, 4  # threads that read pictures, and batches they read ahead
 LOSS_LOGITS = 2**27  # logits held in memory at once: 0.5 GB, or 883 tokens of Qwen's vocabulary
 IGNORE_INDEX = -100  # the label of a token that is not supervised
+PROMPT_TOKEN, ANSWER_TOKEN, WORD_TOKEN = range(3)  # roles; words are those of a description
 LORA_SCALE = 2  # alpha / r, so PEFT's lora_alpha is twice the rank
-# The modules that get a LoRA: all linear layers of the language model.
-LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # all its linear layers
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
@@ -117,8 +117,7 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 # ---- The answer and its supervision --------------------------------------------------------------
-# A training sequence is the prompt below, an answer and the end token <|im_end|>. The prompt is not
-# supervised:
+# A training sequence is the prompt below, which is not supervised, an answer and <|im_end|>:
 #   <|im_start|>user
 #   <|vision_start|><|image_pad|>...<|vision_end|>Describe the ... as JSON.<|im_end|>
 #   <|im_start|>assistant
@@ -152,85 +151,75 @@ def open_image(path: str) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 class FaceDataset:
-    """Turns records into pixels, token ids and labels."""
+    """Turns records into batches of pixels, token ids and labels."""
 
-    def __init__(self, records: list[dict], tokenizer, image_processor, args: Namespace):
+    def __init__(self, records: list, tokenizer, image_processor, args: Namespace):
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
         self.skeleton = answer_skeleton(args.supervision)
+        self.replaces_words = args.replace_words and args.supervision == "semantic"
         # Most texts recur in every answer, and tokenising them again would slow the demo.
         self.encode_text = lru_cache(10_000)(partial(tokenizer.encode, add_special_tokens=False))
-        token_side = image_processor.patch_size * image_processor.merge_size  # pixels
-        # Despite their names, these are areas in pixels.
+        # Despite their names, these are areas in pixels, the smaller one that of an image token.
+        token_side = image_processor.patch_size * image_processor.merge_size
         self.size = {"shortest_edge": token_side ** 2, "longest_edge": args.max_pixels}
 
-    def encode(self, record: dict, image_tokens: int) -> dict:
-        """Encodes prompt and answer. Returns input_ids, labels and is_word, (T,) each. is_word
-        marks the words of the description, for replace_words."""
-        # Lists become tensors only at the end. Torch operations here, in the loader threads, would
-        # take the cores from the training.
-        prompt_ids = self.encode_text(prompt_text(PROMPT, image_tokens))
-        ids, is_word = [*prompt_ids], [False] * len(prompt_ids)
+    def encode(self, record: dict, image_tokens: int) -> Tensor:
+        """Encodes prompt and answer. Returns the id and the role of each token (T, 2)."""
+        texts = [(prompt_text(PROMPT, image_tokens), PROMPT_TOKEN)]
         for fixed_text, slot in self.skeleton:
+            texts.append((fixed_text, ANSWER_TOKEN))
             if slot in FIELDS:
-                value = " " + record["description"][slot]
+                texts.append((" " + record["description"][slot], WORD_TOKEN))
             elif slot:
-                value = f"{record['coefficients'][slot]:z.1f}"  # z: no -0.0
-            else:
-                value = self.tokenizer.eos_token
-            for text in (fixed_text, value):  # each is tokenised alone, as in infer.py
-                text_ids = self.encode_text(text)
-                ids += text_ids
-                is_word += [text is value and slot in FIELDS] * len(text_ids)
-        labels = [IGNORE_INDEX] * len(prompt_ids) + ids[len(prompt_ids):]
-        columns = {"input_ids": ids, "labels": labels, "is_word": is_word}
-        return {name: torch.tensor(column) for name, column in columns.items()}  # (T,) each
+                texts.append((f"{record['coefficients'][slot]:z.1f}", ANSWER_TOKEN))  # z: no -0.0
+        texts.append((self.tokenizer.eos_token, ANSWER_TOKEN))
 
-    def example(self, index: int) -> dict:
-        """Returns the example at `index` or, if its picture is damaged, the next readable one."""
-        for record in chain(self.records[index:], self.records[:index]):
+        # Each text is tokenised alone, as in infer.py. Plain lists, since torch operations in the
+        # loader threads would take the cores from the training.
+        tokens = []
+        for text, role in texts:
+            tokens += [(token, role) for token in self.encode_text(text)]
+        return torch.tensor(tokens)  # (T, 2)
+
+    def example(self, index: int) -> tuple:
+        """Returns pixel_values (P, .), image_grid_thw (1, 3) and tokens (T, 2) of the record at
+        `index` or, if its picture is damaged, of the next readable one."""
+        for record in self.records[index:] + self.records[:index]:
             try:
                 image = open_image(record["image"])
-                # pixel_values (P, .) and image_grid_thw (1, 3)
                 pixels = self.image_processor([image], size=self.size, return_tensors="pt")
             except Exception as error:  # Pillow raises many types on damaged files
-                print(f"left out: {record['image']} ({error})", flush=True)
+                print(f"left out: {record['image']} ({error})")
                 continue
-            patches = int(pixels["image_grid_thw"].prod())
-            tokens = self.encode(record, patches // self.image_processor.merge_size ** 2)
-            return {**pixels, **tokens}
+            patches, grid = pixels["pixel_values"], pixels["image_grid_thw"]
+            image_tokens = len(patches) // self.image_processor.merge_size ** 2
+            return patches, grid, self.encode(record, image_tokens)
         raise ValueError("none of the pictures can be used; see the reasons above")
 
-    def batch(self, indices: list[int]) -> dict:
-        """Collates examples: patches are concatenated (P, .), tokens padded on the right (B, T)."""
-        examples = [self.example(index) for index in indices]
-        batch = {name: [example[name] for example in examples] for name in examples[0]}
-        for name in ("pixel_values", "image_grid_thw"):
-            batch[name] = torch.cat(batch[name])  # (P, .), (B, 3)
-        padding = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE_INDEX, "is_word": 0}
-        for name, value in padding.items():
-            batch[name] = nn.utils.rnn.pad_sequence(batch[name], batch_first=True,
-                                                    padding_value=value)  # (B, T)
-        return batch
+    def batch(self, indices: list, seed: int | None = None) -> dict:
+        """Collates examples: patches are concatenated, tokens are padded on the right. Training
+        passes the `seed` for replace_words, which only the tiny model uses."""
+        patches, grids, tokens = zip(*map(self.example, indices))
+        # The padding is 0 for ids, which no answer looks at, and for roles, which is the prompt's.
+        ids, roles = nn.utils.rnn.pad_sequence(tokens, batch_first=True).unbind(-1)  # (B, T) each
+        labels = ids.where(roles != PROMPT_TOKEN, IGNORE_INDEX)  # (B, T)
+        is_word = roles == WORD_TOKEN  # (B, T)
+        if self.replaces_words and seed is not None:
+            ids = replace_words(ids, is_word, torch.Generator().manual_seed(seed))
+        return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.cat(grids),
+                "input_ids": ids, "labels": labels, "is_word": is_word}
 
-def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator[dict]:
-    """Yields the training batches from number `first` on, read ahead by threads. Processes would
-    need shared memory, and containers often have too little of it."""
-    order, waiting = batch_order(len(dataset.records), args), deque()
-
-    def read(number: int) -> dict:
-        batch = dataset.batch(order[number])
-        if args.replace_words and args.supervision == "semantic":  # see the tiny model's section
-            rng = torch.Generator().manual_seed(hash((args.seed, number, args.rank)))
-            batch["input_ids"] = replace_words(batch["input_ids"], batch["is_word"], rng)
-        return batch
-
+def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator:
+    """Yields the training batches from number `first` on. Threads read ahead: processes would need
+    shared memory, and containers often have too little of it."""
+    order = batch_order(len(dataset.records), args)
     with ThreadPoolExecutor(LOADERS) as pool:
-        for number in range(first, len(order)):
-            waiting.append(pool.submit(read, number))
-            if len(waiting) > BATCHES_AHEAD:
-                yield waiting.popleft().result()
-        for future in waiting:
-            yield future.result()
+        futures = (pool.submit(dataset.batch, order[number], hash((args.seed, number, args.rank)))
+                   for number in range(first, len(order)))
+        waiting = deque(islice(futures, BATCHES_AHEAD))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(islice(futures, 1))
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 class LoraLinear(nn.Module):
@@ -244,35 +233,26 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)  # (B, T, out)
-        low = F.linear(x, self.lora_A)  # (B, T, r)
-        return y + LORA_SCALE * F.linear(low, self.lora_B)
-
-def add_lora(model: nn.Module, rank: int) -> None:
-    """Freezes the model and wraps each linear layer of its language model in a LoraLinear."""
-    model.requires_grad_(False)
-    for path, module in list(model.named_modules()):
-        if re.fullmatch(LORA_TARGETS, path):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, LoraLinear(module, rank))
+        # (B, T, in) to (B, T, out), through (B, T, r)
+        return self.base(x) + LORA_SCALE * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 # ---- Loss and loop -------------------------------------------------------------------------------
 def answer_loss(model: nn.Module, batch: dict) -> Tensor:
     """Returns the cross-entropy in nats, summed over the N supervised tokens of a batch."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    # No attention mask: padding is on the right, where a causal model does not look.
+    # The positions of image tokens have rows and columns (M-RoPE). There is no attention mask:
+    # padding is on the right, where a causal model does not look.
+    is_image = batch["input_ids"] == model.config.image_token_id  # (B, T)
     hidden = model.model(
         input_ids=batch["input_ids"], pixel_values=batch["pixel_values"],
-        image_grid_thw=batch["image_grid_thw"], use_cache=False,
-        # Marks image tokens, whose positions have rows and columns (M-RoPE).
-        mm_token_type_ids=(batch["input_ids"] == model.config.image_token_id).long(),
+        image_grid_thw=batch["image_grid_thw"], mm_token_type_ids=is_image.long(), use_cache=False,
     ).last_hidden_state  # (B, T, D)
-    hidden, labels = hidden[:, :-1], batch["labels"][:, 1:]  # position t predicts token t + 1
+    labels = batch["labels"][:, 1:]  # position t predicts token t + 1
     supervised = labels != IGNORE_INDEX  # (B, T-1)
-    hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N,)
+    hidden, labels = hidden[:, :-1][supervised], labels[supervised]  # (N, D), (N,)
 
-    # All logits at once would take too much memory, so they are computed part by part, and again
-    # in the backward pass.
+    # All logits at once would take too much memory. They are computed part by part, and again in
+    # the backward pass.
     def part_loss(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = model.lm_head(hidden).float()  # (part, vocabulary)
         return F.cross_entropy(logits, labels, reduction="sum")
@@ -287,58 +267,48 @@ def lr_scale(step: int, steps: int) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return warmup * (0.03 + 0.97 * cosine)
 
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Sums each tensor over all processes of torchrun, in place."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-def batch_order(count: int, args: Namespace) -> list[list[int]]:
-    """Returns the record indices of each batch of this process. They depend only on the seed and
-    the sizes, so that a resumed run sees the same batches."""
-    total = args.steps * args.grad_accum * args.world_size * args.batch_size
+def batch_order(count: int, args: Namespace) -> list:
+    """Returns the record indices of each batch of this process, the same in a resumed run."""
+    sizes = args.steps * args.grad_accum, args.world_size, args.batch_size
+    total = math.prod(sizes)
     rng = torch.Generator().manual_seed(args.seed)
-    shuffles = [torch.randperm(count, generator=rng) for _ in range(math.ceil(total / count))]
-    order = torch.cat(shuffles)[:total].view(-1, args.world_size, args.batch_size)
-    return order[:, args.rank].tolist()  # (batches, B)
+    epochs = [torch.randperm(count, generator=rng) for _ in range(math.ceil(total / count))]
+    return torch.cat(epochs)[:total].view(sizes)[:, args.rank].tolist()  # (batches, B)
 
 def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset,
-          args: Namespace, start: int) -> None:
-    """Trains from step `start` on, with saving, validation and logging."""
+          args: Namespace) -> None:
+    """Trains from step `args.start` on, with saving, validation and logging."""
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    batches = load_batches(dataset, args, start * args.grad_accum)
-    samples = args.batch_size * args.grad_accum * args.world_size  # per step
+    batches = load_batches(dataset, args, args.start * args.grad_accum)
     began, losses = time.time(), []
 
-    for step in tqdm(range(start, args.steps), disable=True if args.rank else None):
-        # The learning rate of this step.
-        lr = args.lr * lr_scale(step, args.steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
+    for step in tqdm(range(args.start, args.steps), disable=True if args.rank else None):
         # Count the supervised tokens of this step over all passes and processes. Each loss is
         # divided by that count, and losses and gradients are summed, never averaged. So several
         # passes or GPUs give the same gradient as one large batch.
-        step_batches = list(islice(batches, args.grad_accum))
-        count = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in step_batches)
-        count = count.to(model.device)
-        sum_over_processes([count])
+        passes = list(islice(batches, args.grad_accum))
+        count = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in passes).to(model.device)
+        if args.world_size > 1:
+            dist.all_reduce(count)
 
         # Forward and backward.
         loss = torch.zeros_like(count, dtype=torch.float32)
-        for batch in step_batches:
+        for batch in passes:
             with autocast:
                 part = answer_loss(model, batch) / count
             part.backward()
             loss += part.detach()
 
         # Sum over processes, clip, and step.
-        sum_over_processes([loss, *(p.grad for p in trained)])
+        if args.world_size > 1:
+            for tensor in (loss, *(p.grad for p in trained)):
+                dist.all_reduce(tensor)
         losses.append(loss.item())
         nn.utils.clip_grad_norm_(trained, 1.0)
+        lr = args.lr * lr_scale(step, args.steps)
         for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
 
@@ -346,93 +316,86 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
         done = step + 1
         if args.rank == 0 and (done % SAVE_STEPS == 0 or done == args.steps):
             save_state(model, optimizers, done, args)
+            seconds = (time.time() - began) / len(losses)
             line = {"step": done, "loss": sum(losses) / len(losses), "lr": lr,
-                    "samples/s": samples * len(losses) / (time.time() - began)}
+                    "samples/s": args.samples_per_step / seconds}
             if val_set.records:
                 with autocast:
                     line["val_loss"] = validate(model, val_set, args)
-            with Path(args.out, "log.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with Path(args.out, "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
             tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()), sys.stdout)
             began, losses = time.time(), []
 
 @torch.no_grad()
 def validate(model: nn.Module, val_set: FaceDataset, args: Namespace) -> float:
     """Returns the teacher-forced cross-entropy in nats per token, which only monitors the run."""
-    model.eval()
     nats, count = 0.0, 0
     for indices in torch.arange(len(val_set.records)).split(args.batch_size):
-        batch = val_set.batch(indices.tolist())
+        batch = val_set.batch(indices)
         nats += answer_loss(model, batch)
         count += (batch["labels"] != IGNORE_INDEX).sum()
-    model.train()
     return float(nats / count)
 
 # ---- Saving and resuming -------------------------------------------------------------------------
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the trained weights by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
 def write(path: Path, save, *args) -> None:
-    """Calls save(*args), which writes `path`. Raises OSError if it fails, since torch and
-    safetensors raise their own types on a full disk."""
+    """Calls save(*args), which writes `path`. Raises OSError if it fails."""
     try:
         save(*args)
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError) as error:  # as torch and safetensors call a full disk
         raise OSError(f"{path} could not be written (is the disk full?): {error}")
 
 def save_state(model: nn.Module, optimizers: list, step: int, args: Namespace) -> None:
     """Writes state.pt under a temporary name and renames it, so that it is always complete."""
-    state = {"args": vars(args), "step": step, "model": trained_weights(model),
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = {"args": vars(args), "step": step, "model": trained,
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    partial_file = Path(args.out, "state.partial")
-    write(partial_file, torch.save, state, partial_file)
-    partial_file.replace(partial_file.with_suffix(".pt"))
+    path = Path(args.out, "state.partial")
+    write(path, torch.save, state, path)
+    path.replace(path.with_suffix(".pt"))
 
 def save_checkpoint(model: nn.Module, processors: list, args: Namespace) -> None:
-    """Writes the checkpoint that infer.py loads. A LoRA is saved in PEFT's format. run.json marks
-    the run as finished."""
+    """Writes what infer.py loads: a LoRA in PEFT's format, or the model. run.json comes last."""
     out = Path(args.out)
     if args.lora_rank:
         # base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight, ...
-        weights = {f"base_model.model.{name}.weight": weight.float().cpu()
-                   for name, weight in trained_weights(model).items()}
+        weights = {f"base_model.model.{name}.weight": p
+                   for name, p in model.named_parameters() if p.requires_grad}
         write(out, save_file, weights, out / "adapter_model.safetensors", {"format": "pt"})
         base = os.path.realpath(args.model) if os.path.isdir(args.model) else args.model
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
-                  "r": args.lora_rank, "lora_alpha": LORA_SCALE * args.lora_rank,
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": args.lora_rank,
+                  "lora_alpha": LORA_SCALE * args.lora_rank, "bias": "none",
                   "target_modules": LORA_TARGETS, "base_model_name_or_path": base}
         (out / "adapter_config.json").write_text(json.dumps(config, indent=1))
     else:
         for part in (model, *processors):
             write(out, part.save_pretrained, out)
-    (out / "run.json").write_text(json.dumps({**vars(args), "prompt": PROMPT}, indent=1))
+    (out / "run.json").write_text(json.dumps(vars(args), indent=1))
     (out / "state.pt").unlink()
 
 # ---- Records, a pretrained model -----------------------------------------------------------------
-def clean_record(record: dict, folder: Path, supervision: str) -> dict:
-    """Returns a record with the path of its picture, and with each text of its description in one
-    line. Raises ValueError if it cannot be trained on."""
-    image = os.path.join(folder, str(record["image"]))
-    if not os.path.isfile(image):
+def clean_record(record: dict, folder: Path) -> dict:
+    """Returns a record with the path of its picture and each text of its description in one line.
+    Raises ValueError if it cannot be trained on."""
+    image = folder / record["image"]
+    if not image.is_file():
         raise ValueError(f"there is no picture {image}")
     for name in ARKIT_NAMES:
         if not 0 <= record["coefficients"][name] <= 1:
             raise ValueError(f"{name} is {record['coefficients'][name]}")
-    words = dict(record.get("description") or {})
-    for field in FIELDS if supervision != "numeric" else []:
-        words[field] = " ".join(record["description"][field].split())
-        if not words[field] or re.search(r"<\|\w+\|>", words[field]):
+    description = {field: " ".join(record["description"][field].split()) for field in FIELDS}
+    for field, text in description.items():
+        if not text or re.search(r"<\|\w+\|>", text):
             raise ValueError(f"{field} is empty or contains a special token of the model")
-    return {**record, "image": image, "description": words}
+    return {**record, "image": image, "description": description}
 
-def read_records(path: Path, supervision: str) -> list[dict]:
+def read_records(path: Path) -> list:
     """Reads annotated records. Raises ValueError with the first line that cannot be used."""
     records = []
     for number, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
         try:
             if line.strip():
-                records.append(clean_record(json.loads(line), path.parent, supervision))
+                records.append(clean_record(json.loads(line), path.parent))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: {error!s:.200}; expected image, the 52 ARKit "
                              "coefficients (0 to 1) and description, as written by annotate.py")
@@ -460,14 +423,16 @@ def load_base(source: str, dtype: torch.dtype) -> tuple:
 
 def load_pretrained(args: Namespace) -> tuple:
     """Loads (model, tokenizer, image processor) of --model, ready to train."""
-    is_half = args.lora_rank and args.dtype == "bfloat16"
-    model, *processors = load_base(args.model, torch.bfloat16 if is_half else torch.float32)
+    dtype = args.dtype if args.lora_rank else "float32"  # weights that are trained need float32
+    model, *processors = load_base(args.model, getattr(torch, dtype))
     if min(p.element_size() for p in model.parameters()) < 2:
-        raise ValueError(f"--model {args.model} has weights of one byte (FP8), which cannot be "
-                         "trained")
+        raise ValueError(f"{args.model} cannot be trained: some weights have one byte (FP8)")
     model.model.visual.requires_grad_(False)
     if args.lora_rank:
-        add_lora(model, args.lora_rank)
+        model.requires_grad_(False)
+        for path, module in list(model.named_modules()):
+            if re.fullmatch(LORA_TARGETS, path):
+                model.set_submodule(path, LoraLinear(module, args.lora_rank))
     if args.checkpointing:
         model.activation_checkpointing_enable()  # formerly gradient_checkpointing_enable
         # The library now makes embeddings require gradients, which only reentrant checkpoints need.
@@ -489,23 +454,18 @@ SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "visio
 # The library's initializer_range of 0.02 is meant for widths in the thousands.
 TINY_TEXT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "head_dim": 24,
              "num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.08,
-             "tie_word_embeddings": True, "bos_token_id": None, "max_position_embeddings": 4096,
-             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0,
-                                 "mrope_section": [4, 4, 4]}}
+             "tie_word_embeddings": True, "bos_token_id": None, "rope_parameters": {
+                 "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 4, 4]}}
 TINY_VISION = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4,
                "patch_size": 8, "initializer_range": 0.04, "out_hidden_size": 96,
                "num_position_embeddings": 64, "deepstack_visual_indexes": [1]}
-TINY_PIXELS = {"patch_size": 8, "merge_size": 2,
-               "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # maps pixels to -1..1
+TINY_PIXELS = {"patch_size": 8, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Builds a byte-level tokenizer, which can encode any text, with Qwen-VL's special tokens.
-
-    Each frequent phrase in `texts` is a single token (superwords, arXiv 2503.13423), and so is each
-    fixed text of an answer and each of the eleven values. " Jaw: jaw strongly opened, jaw slightly
-    shifted left." is four tokens: " Jaw:", " jaw strongly opened", ", jaw slightly shifted left"
-    and ".". Short answers make training fast.
-    """
+def build_tokenizer(records: list) -> PreTrainedTokenizerFast:
+    """Builds a byte-level tokenizer with Qwen-VL's special tokens. To make answers short, each of
+    their fixed texts, values and frequent phrases is a single token (superwords, arXiv 2503.13423).
+    " Jaw: jaw strongly opened, jaw slightly shifted left." is four tokens: " Jaw:", " jaw strongly
+    opened", ", jaw slightly shifted left" and "." itself."""
     ids = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bpe = Tokenizer(models.BPE(vocab=ids, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -515,21 +475,18 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         additional_special_tokens=["<|im_start|>", *SPECIAL])
 
     phrases = Counter()  # such as ", jaw slightly shifted left" and " Jaw:"
-    for text in texts:
-        phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", text))
-    pieces = [PROMPT, "user\n", "assistant\n", *VALUES]
-    pieces += [phrase for phrase, _ in phrases.most_common(1000)]
+    for record in records:
+        for text in record["description"].values():
+            phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", " " + text))
+    pieces = [PROMPT, "user\n", "assistant\n", *VALUES, *dict(phrases.most_common(1000))]
     for supervision in ANSWERS:
-        pieces += [text for text, _ in answer_skeleton(supervision)]
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(pieces)])
+        pieces += dict(answer_skeleton(supervision))  # the fixed texts
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     return tokenizer
 
-def build_tiny(records: list[dict]) -> tuple:
+def build_tiny(records: list) -> tuple:
     """Builds (model, tokenizer, image processor): a Qwen3-VL with one million parameters."""
-    texts = []
-    for record in records:
-        texts += [" " + text for text in record["description"].values()]
-    tokenizer = build_tokenizer(texts)
+    tokenizer = build_tokenizer(records)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for token, name in SPECIAL.items()}
     text_config = {**TINY_TEXT, "vocab_size": len(tokenizer),
                    "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -543,12 +500,11 @@ def replace_words(input_ids: Tensor, is_word: Tensor, rng: torch.Generator) -> T
     """Replaces words (B, T) by random words of the batch, at a rate drawn per face from U(0, 1).
 
     The labels keep the true words. If the words before the numbers were always true, the model
-    would learn the numbers from them and not from the picture. A batch of one face, which has no
-    other words to offer, is returned unchanged.
+    would learn the numbers from them and not from the picture.
     """
-    words = input_ids[is_word]  # (words,)
-    if len(input_ids) == 1 or not len(words):
+    if len(input_ids) == 1:  # one face has no other words to offer
         return input_ids
+    words = input_ids[is_word]  # (words,)
     rate = torch.rand(len(input_ids), 1, generator=rng)  # (B, 1)
     is_replaced = is_word & (torch.rand(input_ids.shape, generator=rng) < rate)  # (B, T)
     others = words[torch.randint(len(words), input_ids.shape, generator=rng)]  # (B, T)
@@ -566,21 +522,18 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         group = self.param_groups[0]
         for p in group["params"]:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-            update = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
-            x = update.flatten(1)  # (out, in)
-            x = x.unflatten(0, (-1, MUON_ROWS))  # (blocks, MUON_ROWS, in)
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            update = p.grad.lerp(momentum.lerp_(p.grad, 0.05), 0.95)  # Nesterov momentum
+            x = update.reshape(-1, MUON_ROWS, p[0].numel())  # (blocks, MUON_ROWS, in)
             x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
             for _ in range(5):  # 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
                 gram = x @ x.mT  # (blocks, MUON_ROWS, MUON_ROWS)
                 factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 x = torch.baddbmm(x, factor, x, beta=3.4445)  # (blocks, MUON_ROWS, in)
             # Scaled by this, orthogonal rows have a root mean square of 0.2, like AdamW's updates.
-            size = 0.2 * math.sqrt(x.shape[-1])
+            scale = 0.2 * math.sqrt(x.shape[-1])
             p.mul_(1 - group["lr"] * ADAMW["weight_decay"])
-            p.sub_(x.view_as(p), alpha=group["lr"] * size)
+            p.sub_(x.view_as(p), alpha=group["lr"] * scale)
 
 def tiny_optimizers(model: nn.Module) -> list:
     """Returns AdamW for embeddings, biases and norms, and Muon for the matrices."""
@@ -594,24 +547,24 @@ def tiny_optimizers(model: nn.Module) -> list:
 def main(args: Namespace) -> None:
     """Prepares data and model, trains, and writes the checkpoint."""
     # A new run or, with --resume, an unfinished one with its own settings.
-    out, state, start = Path(args.out), None, 0
+    out, state, args.start = Path(args.out), None, 0
     if args.resume:
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        start = state["step"]
-        vars(args).update({**state["args"], "out": args.out, "device": args.device})
+        vars(args).update(state["args"], out=args.out, device=args.device, start=state["step"])
         if not hasattr(args, "answer"):  # older versions of this script wrote answers as JSON
             raise ValueError(f"{out} was trained with another answer form; train again")
-    elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out} holds a run or other files; choose another folder, delete "
-                         "this one or, if the run is unfinished, add --resume")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ValueError(f"--out {out} holds a run or other files; choose another folder, "
+                             "delete this one or, if the run is unfinished, add --resume")
 
     # The processes of torchrun. The first one draws the demo if it is missing.
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if args.data == DEMO and not os.path.isfile(DEMO) and args.rank == 0:
-        print("drawing the demo first: python annotate.py", flush=True)
+    if args.data == DEMO and args.rank == 0 and not os.path.isfile(DEMO):
         subprocess.run([sys.executable, Path(__file__).with_name("annotate.py")])
     if args.world_size > 1:
         dist.init_process_group()  # where the other processes wait
@@ -622,13 +575,11 @@ def main(args: Namespace) -> None:
     checksum = zlib.crc32(data.read_bytes())
     if state and args.checksum != checksum:
         raise ValueError(f"--resume: {data} has changed since the run began; start a new run")
-    records, val_records = read_records(data, args.supervision), []
-    val = Path(args.val or data.with_name("val.jsonl"))
-    if args.val or val.is_file():
-        val_records = read_records(val, args.supervision)[:VAL_RECORDS]
+    records, val = read_records(data), Path(args.val or data.with_name("val.jsonl"))
+    val_records = read_records(val)[:VAL_RECORDS] if args.val or val.is_file() else []
+    args.samples_per_step = args.batch_size * args.grad_accum * args.world_size
     if args.epochs and not state:
-        samples = args.batch_size * args.grad_accum * args.world_size  # per step
-        args.steps = math.ceil(args.epochs * len(records) / samples)
+        args.steps = math.ceil(args.epochs * len(records) / args.samples_per_step)
 
     # Model and optimizers. AdamW skips frozen weights, which have no gradient.
     torch.manual_seed(args.seed)
@@ -645,24 +596,21 @@ def main(args: Namespace) -> None:
             optimizer.load_state_dict(saved)
 
     # Train and write. What describes the run is added to its settings, for state.pt and run.json.
-    people = {record.get("identity", record["image"]) for record in records}
     vars(args).update(
-        answer="headings", checksum=checksum, faces=len(records), people=len(people),
-        trained_parameters=sum(p.numel() for p in trained_weights(model).values()),
+        answer="headings", prompt=PROMPT, checksum=checksum,
+        faces=len(records), validation_faces=len(val_records),
+        people=len({record.get("identity", record["image"]) for record in records}),
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         torch=str(torch.__version__), transformers=transformers.__version__)
-    out.mkdir(parents=True, exist_ok=True)
     if args.rank == 0:
-        print(f"starting at step {start}, validating on {len(val_records)} faces, settings:",
-              vars(args), flush=True)
+        print("settings:", vars(args), flush=True)
     began = time.time()
-    train(model, optimizers, FaceDataset(records, *processors, args),
-          FaceDataset(val_records, *processors, args), args, start)
+    dataset, val_set = (FaceDataset(part, *processors, args) for part in (records, val_records))
+    train(model, optimizers, dataset, val_set, args)
     if args.rank == 0:
         save_checkpoint(model, processors, args)
-        if args.device != "cpu":
-            gigabytes = torch.cuda.max_memory_allocated(args.device) / 2**30
-            print(f"peak memory: {gigabytes:.1f} GiB")
-        print(f"wrote {out} after {(time.time() - began) / 60:.1f} minutes\n"
+        minutes, gigabytes = (time.time() - began) / 60, torch.cuda.max_memory_allocated() / 2**30
+        print(f"wrote {out} after {minutes:.1f} minutes, peak GPU memory {gigabytes:.1f} GiB\n"
               f"next: python infer.py --model {out} [PICTURES; default: the demo's]")
 
 if __name__ == "__main__":
@@ -673,5 +621,5 @@ if __name__ == "__main__":
         sys.exit(str(error).partition("\n")[0][:400])
     except KeyboardInterrupt:
         is_saved = Path(arguments.out, "state.pt").is_file()
-        sys.exit("interrupted; " + (f"continue with --out {arguments.out} --resume" if is_saved
-                                    else "nothing has been saved yet, so run it again"))
+        advice = f"continue with --out {arguments.out} --resume" if is_saved else "run it again"
+        sys.exit(f"interrupted; {advice}")

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging
 
 # The 52 ARKit names in the column order of Live Link Face. Every script repeats this block.
 ARKIT_NAMES = """
@@ -522,6 +523,7 @@ def main(args: Namespace) -> None:
         raise ValueError(f"--out {out} is a folder or an INPUT, and would be overwritten")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
+    logging.disable_progress_bar()
     images = list_images(args.inputs)
     for folder in (out.parent, Path(args.csv or out).parent, Path(args.plot or out.parent)):
         folder.mkdir(parents=True, exist_ok=True)
