@@ -2,8 +2,8 @@
 """Stage I of SemanticFace (arXiv 2603.14827), semantic supervision: coefficients -> words.
 
 Describes a face in four text fields, given its 52 ARKit coefficients, by rules or with a frozen
-language model. Without arguments it draws the demo: 16,000 cartoon faces with exact coefficients,
-in a minute or two on two cores. Left and right are the subject's.
+language model. Without arguments it draws the demo, 16,000 cartoon faces with exact coefficients,
+in about a minute. Left and right are the subject's.
 
 Reads:  label or prediction records (.jsonl), a Live Link Face take (.csv) or MediaPipe results
         (.json). Names may be eyeBlinkLeft, EyeBlinkLeft or eyeBlink_L. The demo needs no input
@@ -21,18 +21,17 @@ import os
 import re
 import sys
 import zlib
-from argparse import Namespace
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache, partial
-from itertools import repeat, zip_longest
-from operator import itemgetter
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from tqdm import tqdm
 
 # The 52 ARKit names in the column order of Live Link Face. Every script repeats this block.
@@ -61,28 +60,27 @@ ACTIVE = BANDS[0]
 ADVERBS = ["", "slightly", "moderately", "strongly"]
 # The prefix of an emotion, by the level of its strongest action. A moderate emotion has none.
 DEGREES = ["", "slight ", "", "strong "]
-# What to say about each action, with an adverb in place of *. "browDown_" stands for the pair
-# browDownLeft and browDownRight, which counts for symmetry. "eyeLookOutLeft/eyeLookInRight" is a
-# direction of gaze, given by an action of each eye. It does not count for symmetry.
+# What to say about each action, with an adverb in place of *. In all tables, a key stands for each
+# name that begins with it: "browDown" is the pair of browDownLeft and browDownRight.
+# "eyeLookOutLeft/eyeLookInRight" is a direction of gaze, given by one action of each eye.
 MOVEMENTS = {
-    "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp_": "outer brow * raised",
-              "browDown_": "brow * lowered"},
-    "Eyes": {"eyeBlink_": "eye * closed", "eyeWide_": "eye * widened",
-             "eyeSquint_": "eye * squinted", "eyeLookUpLeft/eyeLookUpRight": "eye * looking up",
-             "eyeLookDownLeft/eyeLookDownRight": "eye * looking down",
+    "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp": "outer brow * raised",
+              "browDown": "brow * lowered"},
+    "Eyes": {"eyeBlink": "eye * closed", "eyeWide": "eye * widened", "eyeSquint": "eye * squinted",
+             "eyeLookUp": "eye * looking up", "eyeLookDown": "eye * looking down",
              "eyeLookOutLeft/eyeLookInRight": "eye * looking left",
              "eyeLookInLeft/eyeLookOutRight": "eye * looking right"},
-    "Nose": {"noseSneer_": "nostril * pulled up"},
-    "Cheeks": {"cheekPuff": "cheeks * puffed", "cheekSquint_": "cheek * raised"},
-    "Mouth": {"mouthSmile_": "lip corner * raised", "mouthFrown_": "lip corner * lowered",
-              "mouthDimple_": "lip corner * tucked in", "mouthStretch_": "lip corner * stretched",
-              "mouthPress_": "lip side * pressed", "mouthUpperUp_": "upper lip side * raised",
-              "mouthLowerDown_": "lower lip side * lowered", "mouthFunnel": "lips * funneled",
+    "Nose": {"noseSneer": "nostril * pulled up"},
+    "Cheeks": {"cheekPuff": "cheeks * puffed", "cheekSquint": "cheek * raised"},
+    "Mouth": {"mouthSmile": "lip corner * raised", "mouthFrown": "lip corner * lowered",
+              "mouthDimple": "lip corner * tucked in", "mouthStretch": "lip corner * stretched",
+              "mouthPress": "lip side * pressed", "mouthUpperUp": "upper lip side * raised",
+              "mouthLowerDown": "lower lip side * lowered", "mouthFunnel": "lips * funneled",
               "mouthPucker": "lips * puckered", "mouthRollUpper": "upper lip * rolled in",
               "mouthRollLower": "lower lip * rolled in", "mouthShrugUpper": "upper lip * pushed up",
               "mouthShrugLower": "lower lip * pushed up",
-              "mouthClose": "lips * closed over the jaw",
-              "mouthLeft": "mouth * shifted left", "mouthRight": "mouth * shifted right"},
+              "mouthClose": "lips * closed over the jaw", "mouthLeft": "mouth * shifted left",
+              "mouthRight": "mouth * shifted right"},
     "Jaw": {"jawOpen": "jaw * opened", "jawForward": "jaw * pushed forward",
             "jawLeft": "jaw * shifted left", "jawRight": "jaw * shifted right"},
     "Tongue": {"tongueOut": "tongue * put out"}}
@@ -91,20 +89,20 @@ MOVEMENTS = {
 # mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen. Each number
 # is the weight of an action in classify() and its strength when the demo draws the emotion.
 EMOTIONS = {
-    "happiness": {"cheekSquint_": 0.6, "mouthSmile_": 1.0},
-    "sadness": {"browInnerUp": 1.0, "browDown_": 0.3, "mouthFrown_": 0.9},
-    "surprise": {"browInnerUp": 0.9, "browOuterUp_": 0.9, "eyeWide_": 0.8, "jawOpen": 0.8},
-    "fear": {"browInnerUp": 0.8, "browOuterUp_": 0.5, "browDown_": 0.3, "eyeWide_": 0.9,
-             "eyeSquint_": 0.2, "mouthStretch_": 0.8, "jawOpen": 0.3},
-    "anger": {"browDown_": 1.0, "eyeWide_": 0.2, "eyeSquint_": 0.5, "mouthPress_": 0.7},
-    "disgust": {"noseSneer_": 1.0, "mouthUpperUp_": 0.6, "mouthFrown_": 0.4}}
+    "happiness": {"cheekSquint": 0.6, "mouthSmile": 1.0},
+    "sadness": {"browInnerUp": 1.0, "browDown": 0.3, "mouthFrown": 0.9},
+    "surprise": {"browInnerUp": 0.9, "browOuterUp": 0.9, "eyeWide": 0.8, "jawOpen": 0.8},
+    "fear": {"browInnerUp": 0.8, "browOuterUp": 0.5, "browDown": 0.3, "eyeWide": 0.9,
+             "eyeSquint": 0.2, "mouthStretch": 0.8, "jawOpen": 0.3},
+    "anger": {"browDown": 1.0, "eyeWide": 0.2, "eyeSquint": 0.5, "mouthPress": 0.7},
+    "disgust": {"noseSneer": 1.0, "mouthUpperUp": 0.6, "mouthFrown": 0.4}}
 CONTEMPT = [{"mouthSmileLeft": 0.7, "mouthDimpleLeft": 0.8},  # one-sided, so it has two patterns
             {"mouthSmileRight": 0.7, "mouthDimpleRight": 0.8}]
 IMPLICATIONS = {"happiness": "joy or amusement", "sadness": "sorrow or disappointment",
                 "surprise": "astonishment", "fear": "alarm or anxiety", "disgust": "aversion",
                 "anger": "irritation or determination", "contempt": "disdain or smugness"}
 
-def parse_args(argv=None) -> Namespace:
+def parse_args(argv=None) -> argparse.Namespace:
     """Parses `argv`, by default the command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,17 +117,16 @@ def parse_args(argv=None) -> Namespace:
     add("--llm", help="describe with this chat model (hub id or folder) instead of the rules")
     add("--resume", action="store_true", help="continue an interrupted --llm run")
     add("--batch-size", type=int, default=16, help="faces per --llm batch (default %(default)s)")
-    add("--device", help="cpu or cuda, for --llm (default: cuda if there is one)")
+    add("--device", help="cpu or cuda, for --llm (default: a GPU if there is one)")
     add("--seed", type=int, default=0, help="seed of the demo's faces (default %(default)s)")
     return parser.parse_args(argv)
 
 # ---- Describing by rules -------------------------------------------------------------------------
 @cache  # called for every face
-def sides(key: str) -> list[str]:
-    """Returns the ARKit names of a table key: two for a pair or a gaze, else the key itself."""
-    if key.endswith("_"):
-        return [key[:-1] + "Left", key[:-1] + "Right"]
-    return key.split("/")
+def sides(key: str) -> tuple[str, str]:
+    """Returns the ARKit names of a table key: left and right, or the same name twice."""
+    names = [name for name in ARKIT_NAMES if name.startswith(tuple(key.split("/")))]
+    return names[0], names[-1]
 
 def expand(pattern: dict) -> dict:
     """Replaces each table key of a pattern by all its ARKit names, with the same value."""
@@ -143,7 +140,7 @@ EXPRESSIVE = [name for name in ARKIT_NAMES if not name.startswith(("eyeLook", "e
 # Each emotion with the weights of its actions, and with the actions that must be at rest. Contempt
 # has an entry per side. Each requires the other side to be at rest, so they exclude each other.
 PROTOTYPES = [(emotion, expand(pattern), {}) for emotion, pattern in EMOTIONS.items()]
-PROTOTYPES += [("contempt", CONTEMPT[0], CONTEMPT[1]), ("contempt", CONTEMPT[1], CONTEMPT[0])]
+PROTOTYPES += [("contempt", *CONTEMPT), ("contempt", *reversed(CONTEMPT))]
 
 def movements(levels: dict) -> str:
     """Says which actions move and how strongly, in one sentence per region. A pair whose sides are
@@ -152,14 +149,12 @@ def movements(levels: dict) -> str:
     for region, actions in MOVEMENTS.items():
         phrases = []
         for key, phrase in actions.items():
-            names = sides(key)
-            left, right = levels[names[0]], levels[names[-1]]  # the same name twice if unpaired
-            if left != right:
-                subjects = {"left ": left, "right ": right}
-            elif len(names) == 1:
-                subjects = {"": left}
-            else:
-                subjects = {"both ": left}
+            left, right = sides(key)
+            subjects = {"left ": levels[left], "right ": levels[right]}
+            if left == right:  # an action without sides
+                subjects = {"": levels[left]}
+            elif levels[left] == levels[right]:
+                subjects = {"both ": levels[left]}
                 phrase = phrase.replace(" *", "s *")  # the plural: both eyes, both lip corners
             phrases += [subject + phrase.replace("*", ADVERBS[level])
                         for subject, level in subjects.items() if level]
@@ -172,14 +167,13 @@ def symmetry(levels: dict) -> str:
     shifted jaw or mouth, or a sideways gaze, still counts as symmetric."""
     uneven, mixed = [], []
     for region, actions in MOVEMENTS.items():
-        stronger = set()
-        for left, right in [sides(key) for key in actions if key.endswith("_")]:
-            if levels[left] != levels[right]:
-                stronger.add("left" if levels[left] > levels[right] else "right")
-        if len(stronger) == 1:
-            uneven.append(f"the {stronger.pop()} side of the {region.lower()}")
-        elif stronger:  # one pair is stronger on the left, another one on the right
+        pairs = [sides(key) for key in actions if not key.startswith("eyeLook")]
+        differences = [levels[left] - levels[right] for left, right in pairs]  # 0 if unpaired
+        if min(differences) < 0 < max(differences):  # pairs that are stronger on different sides
             mixed.append(region.lower())
+        elif any(differences):
+            side = "left" if max(differences) > 0 else "right"
+            uneven.append(f"the {side} side of the {region.lower()}")
 
     asymmetries = [f"stronger on {', '.join(uneven)}"] if uneven else []
     asymmetries += [f"mixed in the {', '.join(mixed)}"] if mixed else []
@@ -191,31 +185,28 @@ def classify(levels: dict) -> tuple[str, str]:
     length = math.hypot(*[levels[name] for name in EXPRESSIVE])
     if length == 0:
         return "neutral", "not clearly observable"
-    cosines = []
+    cosines, strongest = {}, {}
     for emotion, pattern, at_rest in PROTOTYPES:
         if not any(levels[name] for name in at_rest):
             product = sum(levels[name] * weight for name, weight in pattern.items())
-            cosine = product / (length * math.hypot(*pattern.values()))
-            cosines.append((cosine, emotion, pattern))
+            cosines[emotion] = product / (length * math.hypot(*pattern.values()))
+            strongest[emotion] = max(levels[name] for name in pattern)
 
     # Keep the best emotion, or the best two if the second is nearly as good.
-    cosines.sort(key=itemgetter(0), reverse=True)
-    (cosine, emotion, pattern), (next_cosine, next_emotion, _) = cosines[:2]
-    if cosine < 0.5:
+    first, second = sorted(cosines, key=cosines.get, reverse=True)[:2]
+    if cosines[first] < 0.5:
         return "movement without a clear emotion", "not clearly observable"
-    if next_cosine > 0.9 * cosine:
-        return (f"{emotion} mixed with {next_emotion}",
-                f"{IMPLICATIONS[emotion]}, with {IMPLICATIONS[next_emotion]}")
-    strongest = max(levels[name] for name in pattern)
-    return DEGREES[strongest] + emotion, IMPLICATIONS[emotion]
+    if cosines[second] > 0.9 * cosines[first]:
+        return (f"{first} mixed with {second}",
+                f"{IMPLICATIONS[first]}, with {IMPLICATIONS[second]}")
+    return DEGREES[strongest[first]] + first, IMPLICATIONS[first]
 
 def describe(coefficients: dict) -> dict:
     """Describes a face in four fields, given its 52 coefficients (name -> 0..1). All fields come
     from the same levels, so they agree with each other and with the coefficients."""
     levels = {name: bisect(BANDS, value) for name, value in coefficients.items()}
     category, implication = classify(levels)
-    words = [category, movements(levels), implication, symmetry(levels)]
-    return dict(zip(FIELDS, words))
+    return dict(zip(FIELDS, [category, movements(levels), implication, symmetry(levels)]))
 
 # ---- Describing by a frozen LLM ------------------------------------------------------------------
 LLM_PROMPT = """You are an expert in facial anatomy. Describe a face, given its active ARKit
@@ -224,44 +215,37 @@ four short texts: "expression_category" (the expression and its degree), "muscle
 region, with their intensity), "emotional_implication" (the emotion that they suggest) and
 "symmetry" (whether both sides of the face move alike). Active coefficients: """
 
+def make_chat(face: dict) -> list[dict]:
+    """Returns the chat that asks for the description of a face (name -> 0..1)."""
+    active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
+    content = LLM_PROMPT + (", ".join(active) or "none, the face is at rest")
+    return [{"role": "user", "content": content}]
+
 def read_answer(text: str) -> dict | None:
     """Returns the four fields of a chat model's answer, or None if one is missing."""
     try:
-        words = json.loads(text[text.index("{"):text.rindex("}") + 1])
+        words = json.loads(re.search(r"\{.*\}", text, re.DOTALL)[0])
         words = {field: " ".join(words[field].split()) for field in FIELDS}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return words if all(words.values()) else None
 
-def describe_by_llm(faces: list[dict], args: Namespace) -> Iterator[tuple]:
+def describe_by_llm(faces: list[dict], args: argparse.Namespace) -> Iterator[tuple]:
     """Yields the description of each face (name -> 0..1) and who wrote it. Where the model's answer
     is not valid, the rules step in."""
-    import torch  # only needed here
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(args.llm, padding_side="left")
+    from transformers import pipeline  # only needed here
+    chat_model = pipeline("text-generation", args.llm, device=args.device)
+    tokenizer = chat_model.tokenizer
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(args.llm, dtype="auto").to(device).eval()
 
-    for start in range(0, len(faces), args.batch_size):
-        batch, chats = faces[start:start + args.batch_size], []
-        for face in batch:
-            active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
-            content = LLM_PROMPT + (", ".join(active) or "none, the face is at rest")
-            chats.append([{"role": "user", "content": content}])
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, enable_thinking=False, padding=True,
-            return_dict=True, return_tensors="pt").to(device)
-        ids = inputs["input_ids"]  # (B, T)
-        tokens = model.generate(input_ids=ids, attention_mask=inputs["attention_mask"],
-                                do_sample=False, max_new_tokens=400,
-                                pad_token_id=tokenizer.pad_token_id)
-        for face, text in zip(batch, tokenizer.batch_decode(tokens[:, ids.shape[1]:])):
-            words = read_answer(text)
-            if words:
-                yield words, args.llm
-            else:
-                yield describe(face), f"rules, since {args.llm} gave no valid answer"
+    # The pipeline takes chats from a generator one batch at a time, so each batch can be written.
+    answers = chat_model((make_chat(face) for face in faces), batch_size=args.batch_size,
+                         tokenizer_encode_kwargs={"enable_thinking": False},
+                         return_full_text=False, do_sample=False, max_new_tokens=400)
+    by_rules = f"rules, since {args.llm} gave no valid answer"
+    for face, answer in zip(faces, answers):
+        words = read_answer(answer[0]["generated_text"])
+        yield (words, args.llm) if words else (describe(face), by_rules)
 
 # ---- Files ---------------------------------------------------------------------------------------
 # infer.py has copies of list_pictures and complete_lines.
@@ -280,7 +264,6 @@ def complete_lines(path: Path) -> list[bytes]:
     os.truncate(path, len(complete))
     return complete.splitlines()
 
-@cache  # called for every name of every face
 def canonical(name: str) -> str:
     """Returns ARKit's eyeBlinkLeft for EyeBlinkLeft (Live Link) and eyeBlink_L (other apps)."""
     name = name.strip().replace("_L", "Left").replace("_R", "Right")
@@ -308,14 +291,14 @@ def standardize(pairs: list[tuple], counts: Counter) -> dict:
     return {name: values[name] for name in ARKIT_NAMES}
 
 def read_items(path: Path) -> list[tuple]:
-    """Lists (location, content) for each row of a file. The content is the text of a record, one
-    MediaPipe result, or a take's row as a tuple of (column, cell) pairs."""
+    """Lists (place, content) for each row of a file. The content is the text of a record, one
+    MediaPipe result, or a take's row as (column, cell) pairs."""
     text = path.read_text("utf-8-sig", "replace")
     lines = text.split("\n")
     if path.suffix.lower() == ".csv":
         rows = csv.reader(lines)
         header = next(rows)
-        return [(f"line {rows.line_num}", tuple(zip_longest(header, row, fillvalue="")))
+        return [(f"line {rows.line_num}", list(zip_longest(header, row, fillvalue="")))
                 for row in rows if row]
     if path.suffix.lower() == ".json":
         text = text.replace('"face_blendshapes"', '"faceBlendshapes"')  # MediaPipe's Python names
@@ -324,22 +307,20 @@ def read_items(path: Path) -> list[tuple]:
         return [(f"result {number}", result) for number, result in enumerate(results, 1)]
     return [(f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
-def read_row(cells: tuple) -> list[tuple]:
+def read_row(cells: list[tuple]) -> list[tuple]:
     """Returns the (name, value) pairs of a take's row, given its (column, cell) pairs. A row
     without a face has empty cells and gives none."""
-    pairs = [(name, cell.strip()) for name, cell in cells if canonical(name) in ARKIT_NAMES]
+    pairs = [(name, to_number(cell)) for name, cell in cells if canonical(name) in ARKIT_NAMES]
     if not pairs:
         raise ValueError("no column such as EyeBlinkLeft found")
-    if not any(cell for _, cell in pairs):
-        return []
-    return [(name, to_number(cell)) for name, cell in pairs]
+    return pairs if any(value != "" for _, value in pairs) else []
 
 def to_number(cell: str) -> float | str:
-    """Returns the number in a cell, or the cell itself, which standardize() refuses."""
+    """Returns the number in a cell or, if there is none, its text, which standardize() refuses."""
     try:
         return float(cell)
     except ValueError:
-        return cell
+        return cell.strip()
 
 def read_result(result: dict | list, counts: Counter) -> list[tuple]:
     """Returns the (name, score) pairs of the first face in a MediaPipe result, which is
@@ -353,20 +334,21 @@ def read_result(result: dict | list, counts: Counter) -> list[tuple]:
     return [(category["categoryName"], category["score"]) for category in categories
             if category["categoryName"] != "_neutral"]
 
-def read_records(path: Path, args: Namespace, counts: Counter) -> dict:
+def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> dict:
     """Returns every Nth record by its index in INPUT, with the real path of its image. Counts what
     is left out. Raises ValueError for a record or file that cannot be used."""
     place, item, records = "the file", "", {}
     try:
         items = read_items(path)
-        for index in range(0, len(items), args.every):
-            place, item = items[index]
-            if isinstance(item, str):
+        for index, (place, item) in list(enumerate(items))[::args.every]:
+            record = {"image": None, "identity": path.stem}
+            if path.suffix.lower() == ".csv":
+                pairs = read_row(item)
+            elif path.suffix.lower() == ".json":
+                pairs = read_result(item, counts)
+            else:
                 record = {"image": None, **json.loads(item)}
                 pairs = (record["coefficients"] or {}).items()
-            else:
-                record = {"image": None, "identity": path.stem}
-                pairs = read_row(item) if isinstance(item, tuple) else read_result(item, counts)
             if not pairs:
                 counts["records without a face, values or a prediction, left out"] += 1
                 continue
@@ -389,30 +371,26 @@ def read_records(path: Path, args: Namespace, counts: Counter) -> dict:
             record["image"] = os.path.realpath(frames[index])
     return records
 
-def write_records(path: Path, records: list[dict], args: Namespace) -> None:
+def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> None:
     """Describes records and writes each as soon as it is ready."""
     folder = path.parent.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # Until it is complete, the file has a checksum of faces and model in its name, so that --resume
     # never continues another run.
-    checksum = zlib.crc32(repr([args.llm, records]).encode("utf-8", "replace"))
+    checksum = zlib.crc32(json.dumps([args.llm, records]).encode())
     unfinished = path.with_name(f"{path.name}.{checksum:08x}")
     done = len(complete_lines(unfinished)) if args.resume else 0
     faces = [record["coefficients"] for record in records[done:]]
-    descriptions = zip(map(describe, faces), repeat("rules"))
-    if args.llm:
-        descriptions = describe_by_llm(faces, args)
+    by_rules = ((describe(face), "rules") for face in faces)
+    descriptions = describe_by_llm(faces, args) if args.llm else by_rules
 
-    # A lone surrogate, half a character, cannot be written as UTF-8, so it becomes an escape.
     bar = tqdm(zip(records[done:], descriptions), path.name, len(faces), disable=None)
-    with unfinished.open("a" if done else "w", encoding="utf-8", errors="backslashreplace") as file:
+    with unfinished.open("a" if done else "w", buffering=1) as file:
         for record, (description, annotator) in bar:
             record = {**record, "description": description, "annotator": annotator}
             if record["image"]:
-                image = os.path.relpath(record["image"], folder)
-                record["image"] = image.replace(os.sep, "/")
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+                record["image"] = Path(os.path.relpath(record["image"], folder)).as_posix()
+            file.write(json.dumps(record) + "\n")
     unfinished.replace(path)
     annotators = Counter(json.loads(line)["annotator"] for line in path.open("rb"))
     print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}")
@@ -421,29 +399,28 @@ def draw_sheet(path: str, records: dict) -> None:
     """Draws a contact sheet of 24 records, spread evenly. Each picture is beside the face that its
     coefficients draw, with index and expression category (if it has one) below."""
     items = list(records.items())
-    chosen = np.linspace(0, len(items) - 1, min(24, len(items))).round().astype(int)
+    # Of fewer than 24 records, each is drawn once.
+    chosen = np.unique(np.linspace(0, len(items) - 1, 24).round().astype(int))
     sheet = Image.new("RGB", (4 * 330, 6 * 190), "white")
     draw = ImageDraw.Draw(sheet)
     for place, (index, record) in enumerate([items[position] for position in chosen]):
         left, top = 330 * (place % 4), 190 * (place // 4)
         face = draw_face(record["coefficients"], record.get("identity", "id000"), CELL)
         sheet.paste(face, (left + CELL, top))
-        try:
+        with suppress(Exception):  # many types: a missing or damaged picture leaves its cell empty
             picture = Image.open(record["image"], formats=IMAGE_FORMATS)
             picture = ImageOps.exif_transpose(picture).convert("RGB")
             sheet.paste(ImageOps.pad(picture, (CELL, CELL), color="white"), (left, top))
-        except Exception:  # many types: a missing or damaged picture leaves its cell empty
-            pass
-        words = record.get("description")
-        category = words.get("expression_category") if isinstance(words, dict) else ""
-        text = f"{index}  {category or ''}"[:46]
-        draw.text((left, top + CELL + 3), text, "black", ImageFont.load_default(13))
+        text = f"{index}  "
+        with suppress(KeyError, TypeError):  # a record without a description
+            text += record["description"]["expression_category"]
+        draw.text((left, top + CELL + 3), text[:46], "black", font_size=13)
     sheet.save(path)
     print(f"wrote {path}: {len(chosen)} of {len(records)} records")
 
 # ---- Drawing the demo's faces (skip) -------------------------------------------------------------
 DARK, WHITE, RED = (40, 25, 25), (250, 250, 245), (205, 80, 80)
-CAVITY, TONGUE = (70, 15, 20), (225, 105, 120)
+CAVITY, TONGUE, GROOVE = (70, 15, 20), (225, 105, 120), (151, 73, 82)
 SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
 # Two drawing styles: one for training, and one only for testing, which has other colours, line
 # widths (`line` times as wide) and proportions. Each proportion is drawn from a range.
@@ -471,14 +448,22 @@ CREASES = [
     ("mouthDimple", (0.39, 0.39), (0.44, 0.56)), ("mouthShrugUpper", (0.035, 0.035), (0.27, 0.36)),
     ("mouthRollUpper", (0.0, 0.16), (0.37, 0.38)), ("mouthRollLower", (0.0, 0.16), (0.64, 0.63)),
     ("mouthShrugLower", (0.03, 0.06), (0.68, 0.74))]
-# Parameters of the curves: around the head, across the lips and across an eye.
-TURN = 2 * np.pi * np.arange(48) / 48
-ACROSS_LIPS = np.arange(-7, 8) / 7  # from the right corner to the left
-ACROSS_EYE = np.arange(-6, 7) / 6
-# The brow's inner end, middle and outer end: position at rest, and how far each action moves it.
-BROW_X, BROW_Y = np.array([-0.19, -0.02, 0.2]), np.array([0, -0.03, 0.02])
-BROW_DOWN = np.array([0.13, 0.06, 0.02])
-BROW_INNER_UP, BROW_OUTER_UP = np.array([0.17, 0.05, 0]), np.array([0, 0.08, 0.19])
+# Points of the outline, an ellipse that ends where it begins: their angles and positions.
+TURN = 2 * np.pi * (np.arange(49) % 48) / 48
+CIRCLE_X, CIRCLE_Y = np.cos(TURN), np.sin(TURN)
+LOWER_FACE = np.maximum(CIRCLE_Y, 0) ** 2  # 0 from the eyes up, 1 at the chin
+CHEEKS = np.exp(-((CIRCLE_Y - 0.5) / 0.25) ** 2)  # 1 at the height of the cheeks
+# Points from the right corner of the lips to the left, (15,), and how much each side moves them.
+LIPS = np.arange(-7, 8) / 7
+LIPS_ARCH = 1 - LIPS ** 2  # 0 at the corners, 1 in the middle
+LIPS_LEFT = np.clip(3 * LIPS, 0, 1)
+LIPS_RIGHT = LIPS_LEFT[::-1]
+LID = np.arange(-6, 7) / 6  # points from one corner of an eye to the other, (13,)
+LID_ARCH = 1 - LID ** 2
+# The brow's inner end, middle and outer end: their positions at rest, and how far browDown,
+# browInnerUp and browOuterUp move them down.
+BROW_X, BROW_Y = np.array([-0.19, -0.02, 0.2]), np.array([-0.43, -0.46, -0.41])
+BROW_MOVES = np.array([[0.13, 0.06, 0.02], [-0.17, -0.05, 0], [0, -0.08, -0.19]])
 
 class Pen:
     """Draws in face coordinates, -1 to 1: x points to the subject's left, y points down."""
@@ -512,11 +497,9 @@ def draw_head(pen: Pen, f: SimpleNamespace) -> None:
     drop = 0.14 * f.jawOpen
 
     # The outline: an ellipse whose cheeks widen and whose lower part follows the jaw.
-    x, y = np.cos(TURN), np.sin(TURN)
-    below = np.maximum(y, 0) ** 2  # 0 from the eyes up, 1 at the chin
-    puff = 0.16 * f.cheekPuff * np.exp(-((y - 0.5) / 0.25) ** 2)
-    x = f.width * x * (1 + puff - 0.12 * below) + slide * below
-    y = f.height * y + drop * below
+    widening = 0.16 * f.cheekPuff * CHEEKS - 0.12 * LOWER_FACE
+    x = f.width * CIRCLE_X * (1 + widening) + slide * LOWER_FACE
+    y = f.height * CIRCLE_Y + drop * LOWER_FACE
 
     # The hair at the back, the face, and the fringe in front of it.
     pen.ellipse(0, -0.12, f.width * 1.1, f.height * 1.03, f.hair)
@@ -524,7 +507,7 @@ def draw_head(pen: Pen, f: SimpleNamespace) -> None:
     is_fringe = y < f.fringe
     pen.polygon(x[is_fringe], y[is_fringe], f.hair)
     if f.outline:
-        pen.line(np.append(x, x[0]), np.append(y, y[0]), DARK, f.outline)
+        pen.line(x, y, DARK, f.outline)
 
     # A chin that is pushed forward gets larger and brighter. Puffed cheeks get brighter.
     chin_y = f.height - 0.1 + drop
@@ -533,41 +516,32 @@ def draw_head(pen: Pen, f: SimpleNamespace) -> None:
     for cheek_x in (-0.5, 0.5):
         pen.ellipse(cheek_x, 0.36, 0.13, 0.13, mix(f.skin, WHITE, 0.55 * f.cheekPuff))
 
-def by_side(f: SimpleNamespace, stem: str) -> np.ndarray:
-    """Returns the strength of mouth{stem}Left and -Right at each point across the lips, (15,). It
-    fades towards the middle."""
-    left, right = getattr(f, f"mouth{stem}Left"), getattr(f, f"mouth{stem}Right")
-    return np.minimum(1, 3 * abs(ACROSS_LIPS)) * np.where(ACROSS_LIPS > 0, left, right)
-
 def draw_mouth(pen: Pen, f: SimpleNamespace) -> None:
     """Draws lips, teeth and tongue."""
-    t, arch = ACROSS_LIPS, 1 - ACROSS_LIPS ** 2  # the arch is 0 at the corners, 1 in the middle
-    opening = np.sqrt(arch)
+    # The strength at each point of the lips of the actions that each side has of its own, (15,).
+    smile, frown, stretch, press, raised, lowered = [
+        LIPS_LEFT * getattr(f, f"mouth{stem}Left") + LIPS_RIGHT * getattr(f, f"mouth{stem}Right")
+        for stem in ("Smile", "Frown", "Stretch", "Press", "UpperUp", "LowerDown")]
 
     # The line where the lips meet.
-    smile, frown, stretch = by_side(f, "Smile"), by_side(f, "Frown"), by_side(f, "Stretch")
     shift = 0.13 * (f.mouthLeft - f.mouthRight) + 0.07 * (f.jawLeft - f.jawRight)
     width = f.mouth * (1 - 0.5 * f.mouthPucker - 0.3 * f.mouthFunnel)
-    x = shift + t * (width + 0.06 * smile + 0.16 * stretch)
-    y = 0.50 + t * t * 0.17 * (frown - smile) + 0.03 * smile * arch
+    x = shift + LIPS * (width + 0.06 * smile + 0.16 * stretch)
+    y = 0.50 + LIPS * LIPS * 0.17 * (frown - smile) + 0.03 * smile * LIPS_ARCH
 
     # The inner edges of both lips, and how thick the lips are. If mouthClose exceeds jawOpen, the
     # gap is negative and lifts the lower lip.
+    opening = np.sqrt(LIPS_ARCH)
     gap = 0.30 * (f.jawOpen - f.mouthClose) + 0.12 * f.mouthFunnel
-    rise = 0.13 * by_side(f, "UpperUp") + 0.3 * max(gap, 0)
-    fall = 0.13 * by_side(f, "LowerDown") + 0.7 * gap
-    upper = y - opening * rise - 0.09 * f.mouthShrugUpper * arch
-    lower = y + opening * fall - 0.07 * f.mouthShrugLower * arch
-    press = by_side(f, "Press")
+    upper = y - opening * (0.13 * raised + 0.3 * max(gap, 0)) - 0.09 * f.mouthShrugUpper * LIPS_ARCH
+    lower = y + opening * (0.13 * lowered + 0.7 * gap) - 0.07 * f.mouthShrugLower * LIPS_ARCH
     thick = opening * (1 - 0.6 * press) * (1 + 0.9 * f.mouthPucker + 0.5 * f.mouthFunnel)
 
     # The cavity with the teeth in it, which stop short of the corners.
     pen.band(x, upper, lower, CAVITY)
-    upper_teeth = np.maximum(upper, np.minimum(upper + 0.06, lower))
-    lower_teeth = np.minimum(lower, np.maximum(lower - 0.06, upper))
-    inner = slice(2, -2)
-    pen.band(x[inner], upper[inner], upper_teeth[inner], WHITE)
-    pen.band(x[inner], lower[inner], lower_teeth[inner], WHITE)
+    teeth = np.clip(lower - upper, 0, 0.06)
+    for edge, end in ((upper, upper + teeth), (lower, lower - teeth)):
+        pen.band(x[2:-2], edge[2:-2], end[2:-2], WHITE)
 
     # The lips, thinner when rolled in, and the tongue over the middle of the lower lip.
     pen.band(x, upper - 0.065 * thick * (1 - 0.95 * f.mouthRollUpper), upper, f.lips)
@@ -577,31 +551,28 @@ def draw_mouth(pen: Pen, f: SimpleNamespace) -> None:
     if f.tongueOut > 0:
         root, length = lower[7], f.tongueOut  # 7 is the middle of the lips
         pen.ellipse(x[7], root + 0.08 * length, 0.06 + 0.06 * length, 0.17 * length, TONGUE)
-        groove = mix(TONGUE, DARK, 0.4)
-        pen.line([x[7], x[7]], [root, root + 0.15 * length], groove, 0.02)
+        pen.line([x[7], x[7]], [root, root + 0.15 * length], GROOVE, 0.02)
 
-def draw_side(pen: Pen, f: SimpleNamespace, side: int) -> None:
-    """Draws eye, cheek, brow, nostril and creases of the left side (1) or the right side (-1)."""
+def draw_side(pen: Pen, f: SimpleNamespace, suffix: str, side: int) -> None:
+    """Draws eye, cheek, brow, nostril and creases of the side "Left" (1) or "Right" (-1)."""
     # From here on f.eyeBlink is eyeBlinkLeft or eyeBlinkRight, and so on.
-    suffix = "Left" if side > 0 else "Right"
     f = SimpleNamespace(**{name.removesuffix(suffix): value for name, value in vars(f).items()})
     shade = partial(mix, f.skin, DARK)  # takes an amount from 0 to 1
-    t, arch = ACROSS_EYE, 1 - ACROSS_EYE ** 2
 
     # The eyeball and iris between the edges of the lids, which cover part of the iris. The upper
     # edge is 1 to 1.75 heights above the middle when open and 0.7 below it when closed.
-    eye_x, eye_y, height = side * f.gap, -0.17, 0.105 * f.eye
-    x = eye_x + 0.2 * f.eye * t
-    upper = eye_y + height * (0.7 * f.eyeBlink - (1 + 0.75 * f.eyeWide) * (1 - f.eyeBlink)) * arch
-    lower = eye_y + height * (0.75 - 0.75 * f.eyeSquint * (1 - f.eyeBlink)) * arch
-    pen.ellipse(eye_x, eye_y - 0.02, 0.2 * f.eye, 0.2, shade(0.12))
+    eye_x, height, socket = side * f.gap, 0.105 * f.eye * LID_ARCH, 0.2 * np.sqrt(LID_ARCH)
+    x = eye_x + 0.2 * f.eye * LID
+    upper = height * (0.7 * f.eyeBlink - (1 + 0.75 * f.eyeWide) * (1 - f.eyeBlink)) - 0.17
+    lower = height * 0.75 * (1 - f.eyeSquint * (1 - f.eyeBlink)) - 0.17
+    pen.ellipse(eye_x, -0.19, 0.2 * f.eye, 0.2, shade(0.12))
     pen.band(x, upper, lower, WHITE)
     pupil_x = eye_x + 0.1 * side * (f.eyeLookOut - f.eyeLookIn)
-    pupil_y = eye_y - 0.01 + 0.085 * (f.eyeLookDown - f.eyeLookUp)
+    pupil_y = 0.085 * (f.eyeLookDown - f.eyeLookUp) - 0.18
     pen.ellipse(pupil_x, pupil_y, 0.08, 0.08, f.iris)
     pen.ellipse(pupil_x, pupil_y, 0.04, 0.04, DARK)
-    pen.band(x, upper, eye_y - 0.02 - 0.2 * np.sqrt(arch), shade(0.12))
-    pen.band(x, lower, eye_y - 0.02 + 0.2 * np.sqrt(arch), f.skin)
+    pen.band(x, upper, -0.19 - socket, shade(0.12))
+    pen.band(x, lower, socket - 0.19, f.skin)
     pen.line(x, upper, DARK, 0.035)
     pen.line(x, lower, shade(0.35 + 0.5 * f.eyeSquint), 0.02 + 0.02 * f.eyeSquint)
 
@@ -609,13 +580,13 @@ def draw_side(pen: Pen, f: SimpleNamespace, side: int) -> None:
     x = eye_x + side * 0.05
     blush = mix(f.skin, RED, 0.75 * f.cheekSquint)
     pen.ellipse(x, 0.2 - 0.07 * f.cheekSquint, 0.13, 0.07, blush)
-    y = 0.12 - 0.08 * f.cheekSquint + 0.06 * t * t
-    pen.line(x + 0.15 * t, y, shade(0.7 * f.cheekSquint), 0.03)
+    y = 0.12 - 0.08 * f.cheekSquint + 0.06 * LID * LID
+    pen.line(x + 0.15 * LID, y, shade(0.7 * f.cheekSquint), 0.03)
 
     # The brow, a line through three points.
     x = side * (f.gap + BROW_X - 0.02 * f.browDown)
-    y = BROW_DOWN * f.browDown - BROW_INNER_UP * f.browInnerUp - BROW_OUTER_UP * f.browOuterUp
-    pen.line(x, y + BROW_Y - 0.43, f.hair, f.brow)
+    y = BROW_Y + [f.browDown, f.browInnerUp, f.browOuterUp] @ BROW_MOVES
+    pen.line(x, y, f.hair, f.brow)
 
     # The nostril and its wing, which a sneer pulls up, and the creases.
     x, y = side * 0.09 * f.nose, 0.2 - 0.07 * f.noseSneer
@@ -645,33 +616,28 @@ def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
 
     draw_head(pen, f)
     draw_mouth(pen, f)
-    draw_side(pen, f, 1)
-    draw_side(pen, f, -1)
+    draw_side(pen, f, "Left", 1)
+    draw_side(pen, f, "Right", -1)
     return pen.canvas.reduce(SUPERSAMPLE)
 
 # Movements of the demo without an emotion: none at all, a blink, a wink, speech or chewing.
 GESTURES = [
-    {}, {"eyeBlink_": 1.0}, {"eyeBlinkLeft": 1.0, "cheekSquintLeft": 0.5, "mouthSmileLeft": 0.4},
+    {}, {"eyeBlink": 1.0}, {"eyeBlinkLeft": 1.0, "cheekSquintLeft": 0.5, "mouthSmileLeft": 0.4},
     {"mouthPucker": 0.9}, {"mouthFunnel": 0.9, "jawOpen": 0.3},
-    {"jawOpen": 0.8, "mouthLowerDown_": 0.3},
-    {"mouthStretch_": 0.5, "mouthLowerDown_": 0.6, "mouthUpperUp_": 0.4},
-    {"mouthRollLower": 0.7, "mouthRollUpper": 0.7}, {"cheekPuff": 0.9, "mouthPress_": 0.4},
+    {"jawOpen": 0.8, "mouthLowerDown": 0.3},
+    {"mouthStretch": 0.5, "mouthLowerDown": 0.6, "mouthUpperUp": 0.4},
+    {"mouthRollLower": 0.7, "mouthRollUpper": 0.7}, {"cheekPuff": 0.9, "mouthPress": 0.4},
     {"jawOpen": 0.6, "mouthClose": 0.5, "jawLeft": 0.6, "mouthLeft": 0.5},
-    {"mouthShrugLower": 0.8, "mouthShrugUpper": 0.6, "mouthFrown_": 0.4},
+    {"mouthShrugLower": 0.8, "mouthShrugUpper": 0.6, "mouthFrown": 0.4},
     {"tongueOut": 0.9, "jawOpen": 0.4}, {"jawForward": 0.9, "mouthRollUpper": 0.3},
-    {"mouthDimple_": 0.8, "mouthPress_": 0.5}]
+    {"mouthDimple": 0.8, "mouthPress": 0.5}]
 # Each emotion is twice as likely as each gesture.
 EXPRESSIONS = [expand(pattern) for pattern in 2 * [*EMOTIONS.values(), CONTEMPT[0]] + GESTURES]
 RIGHT_OF = {name: name.replace("Left", "Right") for name in ARKIT_NAMES if name.endswith("Left")}
 MIRRORED = RIGHT_OF | {right: left for left, right in RIGHT_OF.items()}
-SIGN_OF_SIDE = dict.fromkeys(RIGHT_OF, 1) | dict.fromkeys(RIGHT_OF.values(), -1)
-# The direction of each gaze action: (to the subject's left, up).
-GAZE = {"eyeLookOutLeft": (1, 0), "eyeLookInRight": (1, 0), "eyeLookInLeft": (-1, 0),
-        "eyeLookOutRight": (-1, 0), "eyeLookUpLeft": (0, 1), "eyeLookUpRight": (0, 1),
-        "eyeLookDownLeft": (0, -1), "eyeLookDownRight": (0, -1)}
-# The files of the demo, with their drawing style and the folder of their pictures.
-DEMO_PARTS = {"train": ("cartoon", "images"), "val": ("cartoon", "images"),
-              "shift": ("comic", "images_comic")}
+# The actions of both eyes that look to the subject's left, right, up and down.
+GAZE = ["eyeLookOutLeft", "eyeLookInRight", "eyeLookInLeft", "eyeLookOutRight",
+        "eyeLookUpLeft", "eyeLookUpRight", "eyeLookDownLeft", "eyeLookDownRight"]
 OPPOSITES = [("jawLeft", "jawRight"), ("mouthLeft", "mouthRight"),
              ("mouthSmileLeft", "mouthFrownLeft"), ("mouthSmileRight", "mouthFrownRight")]
 
@@ -680,7 +646,7 @@ def sample_expression(rng: np.random.Generator) -> dict:
     c = dict.fromkeys(ARKIT_NAMES, 0.0)
     # Two faces in five have a second pattern. For the others its strength is 0.
     for strength in (rng.uniform(0.3, 1.1), rng.uniform(0.2, 0.8) * (rng.random() < 0.4)):
-        pattern = EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
+        pattern = rng.choice(EXPRESSIONS)
         if rng.random() < 0.5:
             pattern = {MIRRORED.get(name, name): value for name, value in pattern.items()}
         for name, value in pattern.items():
@@ -691,12 +657,13 @@ def sample_expression(rng: np.random.Generator) -> dict:
     # One side of the face is stronger than the other, and every action varies a little.
     tilt = rng.normal(0, 0.15)
     for name in ARKIT_NAMES:
-        c[name] *= 1 + tilt * SIGN_OF_SIDE.get(name, 0) + rng.normal(0, 0.08)
+        side = name.endswith("Left") - name.endswith("Right")  # 1, -1 or 0
+        c[name] *= 1 + tilt * side + rng.normal(0, 0.08)
 
     # The two eyes turn together. Closed eyes show no gaze, no widening and no squint.
     x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
-    for name, (left, up) in GAZE.items():
-        c[name] = max(x * left + y * up, 0.0) * rng.uniform(0.9, 1.1)
+    for name, amount in zip(GAZE, (x, x, -x, -x, y, y, -y, -y)):
+        c[name] = max(amount, 0.0) * rng.uniform(0.9, 1.1)
     for name in ARKIT_NAMES:
         if name.startswith(("eyeLook", "eyeWide", "eyeSquint")):
             c[name] *= 1 - c["eyeBlinkLeft" if name.endswith("Left") else "eyeBlinkRight"]
@@ -707,30 +674,27 @@ def sample_expression(rng: np.random.Generator) -> dict:
     c["mouthClose"] = min(c["mouthClose"], c["jawOpen"])  # ARKit: closes the lips over an open jaw
     return {name: round(min(max(0.0, value), 1.0), 3) for name, value in c.items()}
 
-def make_demo(folder: Path, args: Namespace) -> None:
+def make_demo(folder: Path, args: argparse.Namespace) -> None:
     """Draws the demo, 20 faces per person: train.jsonl, val.jsonl with one twelfth of the people,
-    none of them in train.jsonl, and shift.jsonl, the faces of val.jsonl in another drawing style.
-    """
-    people = args.demo // 20
-    first = 20 * (people - people // 12)  # index of the first held-out face
-    parts = {part: [] for part in DEMO_PARTS}
-    for name in ("images", "images_comic"):
-        Path(folder, name).mkdir(parents=True, exist_ok=True)
-    for index in tqdm(range(args.demo), "drawing", disable=None):
-        identity = f"id{args.seed * 10_000 + index // 20:03d}"  # each seed has its own people
-        coefficients = sample_expression(np.random.default_rng([args.seed, index]))
-        for part in ["train"] if index < first else ["val", "shift"]:
-            style, images = DEMO_PARTS[part]
+    none of them in train.jsonl, and shift.jsonl, the faces of val.jsonl in another style."""
+    first = 20 * (args.demo // 20 - args.demo // 240)  # index of the first held-out face
+    train, held_out = range(first), range(first, args.demo)
+    for part, faces, style, images in (("train", train, "cartoon", "images"),
+                                       ("val", held_out, "cartoon", "images"),
+                                       ("shift", held_out, "comic", "images_comic")):
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        records = []
+        for index in tqdm(faces, f"drawing {part}", disable=None):
+            identity = f"id{args.seed * 10_000 + index // 20:03d}"  # each seed has its own people
+            coefficients = sample_expression(np.random.default_rng([args.seed, index]))
             image = f"{folder.resolve()}/{images}/{index:06d}.png"
             draw_face(coefficients, identity, style=style).save(image)
-            parts[part].append(
-                {"identity": identity, "coefficients": coefficients, "image": image})
-    for name, records in parts.items():
-        write_records(folder / f"{name}.jsonl", records, args)
+            records.append({"identity": identity, "coefficients": coefficients, "image": image})
+        write_records(folder / f"{part}.jsonl", records, args)
     print(f"next: python distill.py --data {folder / 'train.jsonl'}")
 
 # ---- Main ----------------------------------------------------------------------------------------
-def main(args: Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """Draws the demo, or reads INPUT, draws its contact sheet and writes its annotated records."""
     if not args.input:
         return make_demo(Path(args.out or "data/demo"), args)
