@@ -46,7 +46,7 @@ ARKIT_NAMES = """
     browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft
     cheekSquintRight noseSneerLeft noseSneerRight tongueOut""".split()
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
-# Pillow cannot open .heic. It is listed so that it is reported instead of silently skipped.
+# Pillow cannot open .heic. Listing it turns a silent skip into an error.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
 EXPECTED = ("give a Live Link Face take (.csv), MediaPipe results (.json) or a .jsonl with one "
@@ -60,9 +60,9 @@ ACTIVE = BANDS[0]
 ADVERBS = ["", "slightly", "moderately", "strongly"]
 # The prefix of an emotion, by the level of its strongest action. A moderate emotion has none.
 DEGREES = ["", "slight ", "", "strong "]
-# What to say about each action, with an adverb in place of *. In all tables, a key stands for each
-# name that begins with it: "browDown" is the pair of browDownLeft and browDownRight.
-# "eyeLookOutLeft/eyeLookInRight" is a direction of gaze, given by one action of each eye.
+# What to say about each action, with an adverb in place of *. Here and in EMOTIONS and GESTURES, a
+# key means every name that begins with it: "browDown" is browDownLeft and browDownRight. Two names
+# joined by "/", one per eye, are a direction of gaze.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp": "outer brow * raised",
               "browDown": "brow * lowered"},
@@ -86,7 +86,7 @@ MOVEMENTS = {
     "Tongue": {"tongueOut": "tongue * put out"}}
 # EMFACS action units of each emotion (Friesen & Ekman 1983) as ARKit actions: 1 browInnerUp, 2
 # browOuterUp, 4 browDown, 5 eyeWide, 6 cheekSquint, 7 eyeSquint, 9 noseSneer, 10 mouthUpperUp, 12
-# mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen. Each number
+# mouthSmile, 14 mouthDimple, 15 mouthFrown, 20 mouthStretch, 23 mouthPress, 26 jawOpen. Each value
 # is the weight of an action in classify() and its strength when the demo draws the emotion.
 EMOTIONS = {
     "happiness": {"cheekSquint": 0.6, "mouthSmile": 1.0},
@@ -113,7 +113,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--identity", help="the person shown (default: the file name of a take or of results)")
     add("--every", type=int, default=1, help="keep every Nth row (default %(default)s)")
     add("--out", help="file, or folder for the demo (default: beside INPUT, or data/demo)")
-    add("--sheet", help="draw 24 records into this file; records are written only with --out")
+    add("--sheet", help="draw 24 records into this file; then records are only written with --out")
     add("--llm", help="describe with this chat model (hub id or folder) instead of the rules")
     add("--resume", action="store_true", help="continue an interrupted --llm run")
     add("--batch-size", type=int, default=16, help="faces per --llm batch (default %(default)s)")
@@ -140,7 +140,7 @@ EXPRESSIVE = [name for name in ARKIT_NAMES if not name.startswith(("eyeLook", "e
 # Each emotion with the weights of its actions, and with the actions that must be at rest. Contempt
 # has an entry per side. Each requires the other side to be at rest, so they exclude each other.
 PROTOTYPES = [(emotion, expand(pattern), {}) for emotion, pattern in EMOTIONS.items()]
-PROTOTYPES += [("contempt", *CONTEMPT), ("contempt", *reversed(CONTEMPT))]
+PROTOTYPES += [("contempt", CONTEMPT[0], CONTEMPT[1]), ("contempt", CONTEMPT[1], CONTEMPT[0])]
 
 def movements(levels: dict) -> str:
     """Says which actions move and how strongly, in one sentence per region. A pair whose sides are
@@ -150,10 +150,11 @@ def movements(levels: dict) -> str:
         phrases = []
         for key, phrase in actions.items():
             left, right = sides(key)
-            subjects = {"left ": levels[left], "right ": levels[right]}
             if left == right:  # an action without sides
                 subjects = {"": levels[left]}
-            elif levels[left] == levels[right]:
+            elif levels[left] != levels[right]:
+                subjects = {"left ": levels[left], "right ": levels[right]}
+            else:
                 subjects = {"both ": levels[left]}
                 phrase = phrase.replace(" *", "s *")  # the plural: both eyes, both lip corners
             phrases += [subject + phrase.replace("*", ADVERBS[level])
@@ -167,8 +168,9 @@ def symmetry(levels: dict) -> str:
     shifted jaw or mouth, or a sideways gaze, still counts as symmetric."""
     uneven, mixed = [], []
     for region, actions in MOVEMENTS.items():
-        pairs = [sides(key) for key in actions if not key.startswith("eyeLook")]
-        differences = [levels[left] - levels[right] for left, right in pairs]  # 0 if unpaired
+        names = [sides(key) for key in actions if not key.startswith("eyeLook")]
+        # An action without sides has the same name twice, so its difference is 0.
+        differences = [levels[left] - levels[right] for left, right in names]
         if min(differences) < 0 < max(differences):  # pairs that are stronger on different sides
             mixed.append(region.lower())
         elif any(differences):
@@ -192,7 +194,7 @@ def classify(levels: dict) -> tuple[str, str]:
             cosines[emotion] = product / (length * math.hypot(*pattern.values()))
             strongest[emotion] = max(levels[name] for name in pattern)
 
-    # Keep the best emotion, or the best two if the second is nearly as good.
+    # Keep the best emotion, or the best two, without a degree, if the second is nearly as good.
     first, second = sorted(cosines, key=cosines.get, reverse=True)[:2]
     if cosines[first] < 0.5:
         return "movement without a clear emotion", "not clearly observable"
@@ -238,14 +240,15 @@ def describe_by_llm(faces: list[dict], args: argparse.Namespace) -> Iterator[tup
     tokenizer = chat_model.tokenizer
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-    # The pipeline takes chats from a generator one batch at a time, so each batch can be written.
+    # The pipeline takes one batch of chats at a time from the generator, so each batch of answers
+    # is written before the next one begins.
     answers = chat_model((make_chat(face) for face in faces), batch_size=args.batch_size,
                          tokenizer_encode_kwargs={"enable_thinking": False},
                          return_full_text=False, do_sample=False, max_new_tokens=400)
-    by_rules = f"rules, since {args.llm} gave no valid answer"
+    fallback = f"rules, since {args.llm} gave no valid answer"
     for face, answer in zip(faces, answers):
         words = read_answer(answer[0]["generated_text"])
-        yield (words, args.llm) if words else (describe(face), by_rules)
+        yield (words, args.llm) if words else (describe(face), fallback)
 
 # ---- Files ---------------------------------------------------------------------------------------
 # infer.py has copies of list_pictures and complete_lines.
@@ -274,13 +277,13 @@ def standardize(pairs: list[tuple], counts: Counter) -> dict:
     1.053). Raises ValueError if one is missing, unknown, given twice or out of range."""
     values = {}
     for name, value in pairs:
-        is_number = type(value) in (int, float)  # True is an int, but of another type
+        is_number = type(value) in (int, float)  # not isinstance, since True is an int
         if not (is_number and -0.1 <= value <= 1.1):  # NaN is out of range, too
             advice = " (divide percentages by 100)" if is_number and value > 1.5 else ""
             raise ValueError(f"{name:.40} is {value!r:.40}, expected 0 to 1{advice}")
         name = canonical(name)
         if name in values:
-            raise ValueError(f"{name} comes twice, maybe in two spellings; expected it once")
+            raise ValueError(f"{name} appears twice, perhaps in two spellings; expected once")
         values[name] = min(max(0.0, value), 1.0)
     if "tongueOut" not in values:  # MediaPipe and others do not track it
         values["tongueOut"] = 0.0
@@ -309,7 +312,7 @@ def read_items(path: Path) -> list[tuple]:
 
 def read_row(cells: list[tuple]) -> list[tuple]:
     """Returns the (name, value) pairs of a take's row, given its (column, cell) pairs. A row
-    without a face has empty cells and gives none."""
+    without a face has empty cells and yields no pairs."""
     pairs = [(name, to_number(cell)) for name, cell in cells if canonical(name) in ARKIT_NAMES]
     if not pairs:
         raise ValueError("no column such as EyeBlinkLeft found")
@@ -335,9 +338,10 @@ def read_result(result: dict | list, counts: Counter) -> list[tuple]:
             if category["categoryName"] != "_neutral"]
 
 def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> dict:
-    """Returns every Nth record by its index in INPUT, with the real path of its image. Counts what
-    is left out. Raises ValueError for a record or file that cannot be used."""
-    place, item, records = "the file", "", {}
+    """Returns every Nth record of INPUT by its row number, with the real path of its image. Counts
+    what is left out. Raises ValueError for a record or file that cannot be used."""
+    records = {}
+    place, item = "the file", ""  # where we are, for the error message
     try:
         items = read_items(path)
         for index, (place, item) in list(enumerate(items))[::args.every]:
@@ -350,12 +354,14 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> dict:
                 record = {"image": None, **json.loads(item)}
                 pairs = (record["coefficients"] or {}).items()
             if not pairs:
-                counts["records without a face, values or a prediction, left out"] += 1
+                counts["records left out (no face, no values or no prediction)"] += 1
                 continue
             record["coefficients"] = standardize(pairs, counts)
             if args.identity:
                 record["identity"] = args.identity
-            if record["image"]:  # resolve symlinks, because ".." after a link leads elsewhere
+            if record["image"]:
+                # write_records() makes this path relative. With a symlink in it, ".." would lead to
+                # the wrong folder.
                 record["image"] = os.path.realpath(path.parent / record["image"])
             records[index] = record
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
@@ -392,16 +398,16 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
                 record["image"] = Path(os.path.relpath(record["image"], folder)).as_posix()
             file.write(json.dumps(record) + "\n")
     unfinished.replace(path)
+    # The file also holds what an interrupted run has described.
     annotators = Counter(json.loads(line)["annotator"] for line in path.open("rb"))
     print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}")
 
 def draw_sheet(path: str, records: dict) -> None:
-    """Draws a contact sheet of 24 records, spread evenly. Each picture is beside the face that its
-    coefficients draw, with index and expression category (if it has one) below."""
+    """Draws a contact sheet of 24 records, spread evenly. Each picture is next to a face drawn from
+    its coefficients, with its index and, if any, its expression category below."""
     items = list(records.items())
-    # Of fewer than 24 records, each is drawn once.
-    chosen = np.unique(np.linspace(0, len(items) - 1, 24).round().astype(int))
-    sheet = Image.new("RGB", (4 * 330, 6 * 190), "white")
+    chosen = np.linspace(0, len(items) - 1, min(24, len(items))).round().astype(int)
+    sheet = Image.new("RGB", (4 * 330, math.ceil(len(chosen) / 4) * 190), "white")
     draw = ImageDraw.Draw(sheet)
     for place, (index, record) in enumerate([items[position] for position in chosen]):
         left, top = 330 * (place % 4), 190 * (place // 4)
@@ -411,7 +417,7 @@ def draw_sheet(path: str, records: dict) -> None:
             picture = Image.open(record["image"], formats=IMAGE_FORMATS)
             picture = ImageOps.exif_transpose(picture).convert("RGB")
             sheet.paste(ImageOps.pad(picture, (CELL, CELL), color="white"), (left, top))
-        text = f"{index}  "
+        text = f" {index}  "
         with suppress(KeyError, TypeError):  # a record without a description
             text += record["description"]["expression_category"]
         draw.text((left, top + CELL + 3), text[:46], "black", font_size=13)
@@ -423,7 +429,7 @@ DARK, WHITE, RED = (40, 25, 25), (250, 250, 245), (205, 80, 80)
 CAVITY, TONGUE, GROOVE = (70, 15, 20), (225, 105, 120), (151, 73, 82)
 SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
 # Two drawing styles: one for training, and one only for testing, which has other colours, line
-# widths (`line` times as wide) and proportions. Each proportion is drawn from a range.
+# widths (`line` times as wide) and proportions. Each proportion is sampled from its range.
 STYLES = {
     "cartoon": {
         "line": 1.0, "outline": 0.0, "irises": ["#50321a", "#32643c", "#3c6eaa", "#64646e"],
@@ -448,7 +454,7 @@ CREASES = [
     ("mouthDimple", (0.39, 0.39), (0.44, 0.56)), ("mouthShrugUpper", (0.035, 0.035), (0.27, 0.36)),
     ("mouthRollUpper", (0.0, 0.16), (0.37, 0.38)), ("mouthRollLower", (0.0, 0.16), (0.64, 0.63)),
     ("mouthShrugLower", (0.03, 0.06), (0.68, 0.74))]
-# Points of the outline, an ellipse that ends where it begins: their angles and positions.
+# Points of the outline, a closed circle whose last point is the first: their angles and positions.
 TURN = 2 * np.pi * (np.arange(49) % 48) / 48
 CIRCLE_X, CIRCLE_Y = np.cos(TURN), np.sin(TURN)
 LOWER_FACE = np.maximum(CIRCLE_Y, 0) ** 2  # 0 from the eyes up, 1 at the chin
@@ -461,7 +467,7 @@ LIPS_RIGHT = LIPS_LEFT[::-1]
 LID = np.arange(-6, 7) / 6  # points from one corner of an eye to the other, (13,)
 LID_ARCH = 1 - LID ** 2
 # The brow's inner end, middle and outer end: their positions at rest, and how far browDown,
-# browInnerUp and browOuterUp move them down.
+# browInnerUp and browOuterUp move them (down is positive).
 BROW_X, BROW_Y = np.array([-0.19, -0.02, 0.2]), np.array([-0.43, -0.46, -0.41])
 BROW_MOVES = np.array([[0.13, 0.06, 0.02], [-0.17, -0.05, 0], [0, -0.08, -0.19]])
 
@@ -518,7 +524,7 @@ def draw_head(pen: Pen, f: SimpleNamespace) -> None:
 
 def draw_mouth(pen: Pen, f: SimpleNamespace) -> None:
     """Draws lips, teeth and tongue."""
-    # The strength at each point of the lips of the actions that each side has of its own, (15,).
+    # The strength of each left-right action at each of the 15 points of the lips, (15,).
     smile, frown, stretch, press, raised, lowered = [
         LIPS_LEFT * getattr(f, f"mouth{stem}Left") + LIPS_RIGHT * getattr(f, f"mouth{stem}Right")
         for stem in ("Smile", "Frown", "Stretch", "Press", "UpperUp", "LowerDown")]
@@ -599,10 +605,10 @@ def draw_side(pen: Pen, f: SimpleNamespace, suffix: str, side: int) -> None:
 
 def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
               style: str = "cartoon") -> Image.Image:
-    """Draws a face of `size` x `size` pixels, given its 52 coefficients (name -> 0..1), with every
-    action visible. The appearance depends on identity and style alone."""
+    """Draws a face of `size` x `size` pixels, given its 52 coefficients (name -> 0..1). Each of
+    them changes the picture. The person's looks depend on identity and style alone."""
     rng = np.random.default_rng(list(str(identity).encode()))
-    f = SimpleNamespace(**coefficients, **STYLES[style])
+    f = SimpleNamespace(**coefficients, **STYLES[style])  # f.jawOpen, ..., f.line, ...
     # The order of these lines decides which random number each feature gets.
     skins = list(map(ImageColor.getrgb, f.skins))
     tone = rng.uniform(0, len(skins) - 1.001)
@@ -677,7 +683,8 @@ def sample_expression(rng: np.random.Generator) -> dict:
 def make_demo(folder: Path, args: argparse.Namespace) -> None:
     """Draws the demo, 20 faces per person: train.jsonl, val.jsonl with one twelfth of the people,
     none of them in train.jsonl, and shift.jsonl, the faces of val.jsonl in another style."""
-    first = 20 * (args.demo // 20 - args.demo // 240)  # index of the first held-out face
+    people = args.demo // 20
+    first = 20 * (people - people // 12)  # index of the first held-out face
     train, held_out = range(first), range(first, args.demo)
     for part, faces, style, images in (("train", train, "cartoon", "images"),
                                        ("val", held_out, "cartoon", "images"),
@@ -708,7 +715,7 @@ def main(args: argparse.Namespace) -> None:
     out = args.out or (None if args.sheet else path.with_suffix(".annotated.jsonl"))
     for output in filter(None, (out, args.sheet)):
         if os.path.isdir(output) or os.path.realpath(output) == os.path.realpath(path):
-            raise ValueError(f"{output} is a folder or INPUT, and would be overwritten")
+            raise ValueError(f"{output} is a folder, or INPUT, which would be overwritten")
     if args.sheet:
         draw_sheet(args.sheet, records)
     if out:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stage II of SemanticFace (arXiv 2603.14827), language-prior semantic distillation.
+"""Stage II of SemanticFace (arXiv 2603.14827), semantic distillation.
 
 Fine-tunes a Qwen-VL model to describe what the muscles of a face do and then write its 52 ARKit
 coefficients. Without arguments it trains the demo's tiny model from scratch, in 8 minutes on two
@@ -68,7 +68,7 @@ IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pi
 # Defaults for a pretrained model, and for the demo's tiny one, whose weights are random.
 PRETRAINED = {"steps": 2000, "lr": 1e-4, "lora_rank": 16, "max_pixels": 512 * 512,
               "checkpointing": True, "compile": True, "replace_words": False}
-TINY = {"steps": 2500, "lr": 2e-3, "lora_rank": 0, "max_pixels": 64 * 64,  # 16 image tokens
+TINY = {"steps": 2500, "lr": 2e-3, "lora_rank": 0, "max_pixels": 64 * 64,
         "checkpointing": False, "compile": False, "replace_words": True}
 ADAMW = {"betas": (0.9, 0.98), "weight_decay": 0.05, "fused": True}
 WARMUP_STEPS = 30  # steps of learning-rate warm-up
@@ -79,7 +79,8 @@ LOSS_LOGITS = 2**27  # logits held in memory at once: 0.5 GB, or 883 tokens of Q
 IGNORE_INDEX = -100  # the label of a token that is not supervised
 PROMPT_TOKEN, ANSWER_TOKEN, WORD_TOKEN = range(3)  # roles; words are those of a description
 LORA_SCALE = 2  # alpha / r, so PEFT's lora_alpha is twice the rank
-LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # all its linear layers
+# All linear layers of the language model.
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
@@ -102,11 +103,12 @@ def parse_args(argv=None) -> Namespace:
     add("--max-pixels", type=int, help="shrink larger pictures to this area")
     add("--checkpointing", action=switch, help="recompute activations to save memory")
     add("--compile", action=switch, help="compile the decoder layers on a GPU")
-    add("--replace-words", action=switch, help="replace words before the numbers by random ones")
+    add("--replace-words", action=switch, help="replace words before the numbers with random ones")
     add("--resume", action="store_true", help="continue the run in --out with its own settings")
     add("--seed", type=int, default=0, help="for weights, order and words (default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    # The defaults depend on --model.
     parser.set_defaults(**PRETRAINED)
     if parser.parse_args(argv).model == "tiny":
         parser.set_defaults(**TINY)
@@ -144,8 +146,8 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
 def open_image(path: str) -> Image.Image:
     """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
     image = ImageOps.exif_transpose(Image.open(path, formats=IMAGE_FORMATS))
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() alone would clip at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
@@ -159,7 +161,7 @@ class FaceDataset:
         self.replaces_words = args.replace_words and args.supervision == "semantic"
         # Most texts recur in every answer, and tokenising them again would slow the demo.
         self.encode_text = lru_cache(10_000)(partial(tokenizer.encode, add_special_tokens=False))
-        # Despite their names, these are areas in pixels, the smaller one that of an image token.
+        # Despite their names, these are areas in pixels. The smaller one is that of an image token.
         token_side = image_processor.patch_size * image_processor.merge_size
         self.size = {"shortest_edge": token_side ** 2, "longest_edge": args.max_pixels}
 
@@ -171,11 +173,12 @@ class FaceDataset:
             if slot in FIELDS:
                 texts.append((" " + record["description"][slot], WORD_TOKEN))
             elif slot:
-                texts.append((f"{record['coefficients'][slot]:z.1f}", ANSWER_TOKEN))  # z: no -0.0
+                value = f"{record['coefficients'][slot]:z.1f}"  # z writes -0.0 as 0.0
+                texts.append((value, ANSWER_TOKEN))
         texts.append((self.tokenizer.eos_token, ANSWER_TOKEN))
 
         # Each text is tokenised alone, as in infer.py. Plain lists, since torch operations in the
-        # loader threads would take the cores from the training.
+        # loader threads would compete with the training for cores.
         tokens = []
         for text, role in texts:
             tokens += [(token, role) for token in self.encode_text(text)]
@@ -200,14 +203,14 @@ class FaceDataset:
         """Collates examples: patches are concatenated, tokens are padded on the right. Training
         passes the `seed` for replace_words, which only the tiny model uses."""
         patches, grids, tokens = zip(*map(self.example, indices))
-        # The padding is 0 for ids, which no answer looks at, and for roles, which is the prompt's.
+        # Both are padded with 0. No answer attends to padded ids, and role 0 is PROMPT_TOKEN.
         ids, roles = nn.utils.rnn.pad_sequence(tokens, batch_first=True).unbind(-1)  # (B, T) each
         labels = ids.where(roles != PROMPT_TOKEN, IGNORE_INDEX)  # (B, T)
-        is_word = roles == WORD_TOKEN  # (B, T)
         if self.replaces_words and seed is not None:
-            ids = replace_words(ids, is_word, torch.Generator().manual_seed(seed))
+            rng = torch.Generator().manual_seed(seed)
+            ids = replace_words(ids, roles == WORD_TOKEN, rng)
         return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.cat(grids),
-                "input_ids": ids, "labels": labels, "is_word": is_word}
+                "input_ids": ids, "labels": labels}
 
 def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator:
     """Yields the training batches from number `first` on. Threads read ahead: processes would need
@@ -223,7 +226,7 @@ def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator:
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 class LoraLinear(nn.Module):
-    """y = W x + alpha / r B A x (LoRA, arXiv 2106.09685, Eq. 3): W is frozen, B starts at zero."""
+    """y = W x + (alpha / r) B A x (LoRA, arXiv 2106.09685, Eq. 3), where W is frozen."""
 
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
@@ -240,8 +243,8 @@ class LoraLinear(nn.Module):
 def answer_loss(model: nn.Module, batch: dict) -> Tensor:
     """Returns the cross-entropy in nats, summed over the N supervised tokens of a batch."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    # The positions of image tokens have rows and columns (M-RoPE). There is no attention mask:
-    # padding is on the right, where a causal model does not look.
+    # mm_token_type_ids marks the image tokens, which get positions with rows and columns (M-RoPE).
+    # No attention mask is needed: padding is on the right, where a causal model does not look.
     is_image = batch["input_ids"] == model.config.image_token_id  # (B, T)
     hidden = model.model(
         input_ids=batch["input_ids"], pixel_values=batch["pixel_values"],
@@ -251,15 +254,15 @@ def answer_loss(model: nn.Module, batch: dict) -> Tensor:
     supervised = labels != IGNORE_INDEX  # (B, T-1)
     hidden, labels = hidden[:, :-1][supervised], labels[supervised]  # (N, D), (N,)
 
-    # All logits at once would take too much memory. They are computed part by part, and again in
+    # All logits at once would take too much memory. They are computed chunk by chunk, and again in
     # the backward pass.
-    def part_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = model.lm_head(hidden).float()  # (part, vocabulary)
+    def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = model.lm_head(hidden).float()  # (chunk, vocabulary)
         return F.cross_entropy(logits, labels, reduction="sum")
 
-    size = LOSS_LOGITS // model.config.text_config.vocab_size  # tokens per part
-    parts = zip(hidden.split(size), labels.split(size))
-    return sum(checkpoint(part_loss, *part, use_reentrant=False) for part in parts)
+    size = LOSS_LOGITS // model.config.text_config.vocab_size  # tokens per chunk
+    chunks = zip(hidden.split(size), labels.split(size))
+    return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
 def lr_scale(step: int, steps: int) -> float:
     """Learning rate as a fraction of its peak: linear warm-up, then cosine decay to 3%."""
@@ -277,7 +280,8 @@ def batch_order(count: int, args: Namespace) -> list:
 
 def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset,
           args: Namespace) -> None:
-    """Trains from step `args.start` on, with saving, validation and logging."""
+    """Trains from step `args.start` on, with saving, validation and logging. main() adds start,
+    rank, world_size and samples_per_step to the arguments of the command line."""
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     batches = load_batches(dataset, args, args.start * args.grad_accum)
@@ -312,7 +316,7 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
             optimizer.step()
             optimizer.zero_grad()
 
-        # Save first, so that nothing below can lose this step. Then validate and log.
+        # Save first, so that a failure below loses nothing. Then validate and log.
         done = step + 1
         if args.rank == 0 and (done % SAVE_STEPS == 0 or done == args.steps):
             save_state(model, optimizers, done, args)
@@ -342,7 +346,7 @@ def write(path: Path, save, *args) -> None:
     """Calls save(*args), which writes `path`. Raises OSError if it fails."""
     try:
         save(*args)
-    except (RuntimeError, SafetensorError) as error:  # as torch and safetensors call a full disk
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors raise
         raise OSError(f"{path} could not be written (is the disk full?): {error}")
 
 def save_state(model: nn.Module, optimizers: list, step: int, args: Namespace) -> None:
@@ -355,7 +359,8 @@ def save_state(model: nn.Module, optimizers: list, step: int, args: Namespace) -
     path.replace(path.with_suffix(".pt"))
 
 def save_checkpoint(model: nn.Module, processors: list, args: Namespace) -> None:
-    """Writes what infer.py loads: a LoRA in PEFT's format, or the model. run.json comes last."""
+    """Writes what infer.py loads: a LoRA in PEFT's format, or the model. run.json comes last and
+    marks the run as finished."""
     out = Path(args.out)
     if args.lora_rank:
         # base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight, ...
@@ -435,8 +440,9 @@ def load_pretrained(args: Namespace) -> tuple:
                 model.set_submodule(path, LoraLinear(module, args.lora_rank))
     if args.checkpointing:
         model.activation_checkpointing_enable()  # formerly gradient_checkpointing_enable
-        # The library now makes embeddings require gradients, which only reentrant checkpoints need.
-        # In Qwen2.5-VL each backward pass would then run through the frozen vision encoder.
+        # That call makes the outputs of embeddings require gradients, which only reentrant
+        # checkpoints need. In Qwen2.5-VL the patch embedding is among them, and each backward pass
+        # would run through the frozen vision encoder.
         model.disable_input_require_grads()
     if args.compile and args.device.startswith("cuda"):
         torch._dynamo.config.suppress_errors = True  # without a C compiler, warn and continue
@@ -462,10 +468,10 @@ TINY_VISION = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_hea
 TINY_PIXELS = {"patch_size": 8, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 def build_tokenizer(records: list) -> PreTrainedTokenizerFast:
-    """Builds a byte-level tokenizer with Qwen-VL's special tokens. To make answers short, each of
-    their fixed texts, values and frequent phrases is a single token (superwords, arXiv 2503.13423).
-    " Jaw: jaw strongly opened, jaw slightly shifted left." is four tokens: " Jaw:", " jaw strongly
-    opened", ", jaw slightly shifted left" and "." itself."""
+    """Builds a byte-level tokenizer with Qwen-VL's special tokens. To keep answers short, each
+    fixed text, value and frequent phrase is one token (superwords, arXiv 2503.13423). A phrase
+    begins with the comma or space before it: " Jaw: jaw strongly opened, jaw slightly shifted
+    left." is " Jaw:", " jaw strongly opened", ", jaw slightly shifted left" and "."."""
     ids = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bpe = Tokenizer(models.BPE(vocab=ids, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -478,9 +484,10 @@ def build_tokenizer(records: list) -> PreTrainedTokenizerFast:
     for record in records:
         for text in record["description"].values():
             phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", " " + text))
-    pieces = [PROMPT, "user\n", "assistant\n", *VALUES, *dict(phrases.most_common(1000))]
+    pieces = [PROMPT, "user\n", "assistant\n", *VALUES]
+    pieces += [phrase for phrase, _ in phrases.most_common(1000)]
     for supervision in ANSWERS:
-        pieces += dict(answer_skeleton(supervision))  # the fixed texts
+        pieces += [fixed_text for fixed_text, _ in answer_skeleton(supervision)]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     return tokenizer
 
@@ -497,7 +504,7 @@ def build_tiny(records: list) -> tuple:
     return model, tokenizer, Qwen2VLImageProcessorPil(**TINY_PIXELS)
 
 def replace_words(input_ids: Tensor, is_word: Tensor, rng: torch.Generator) -> Tensor:
-    """Replaces words (B, T) by random words of the batch, at a rate drawn per face from U(0, 1).
+    """Replaces word tokens (B, T) with random ones of the batch, at a rate from U(0, 1) per face.
 
     The labels keep the true words. If the words before the numbers were always true, the model
     would learn the numbers from them and not from the picture.
@@ -523,14 +530,15 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for p in group["params"]:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            update = p.grad.lerp(momentum.lerp_(p.grad, 0.05), 0.95)  # Nesterov momentum
+            momentum.lerp_(p.grad, 0.05)
+            update = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
             x = update.reshape(-1, MUON_ROWS, p[0].numel())  # (blocks, MUON_ROWS, in)
             x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
             for _ in range(5):  # 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
                 gram = x @ x.mT  # (blocks, MUON_ROWS, MUON_ROWS)
                 factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 x = torch.baddbmm(x, factor, x, beta=3.4445)  # (blocks, MUON_ROWS, in)
-            # Scaled by this, orthogonal rows have a root mean square of 0.2, like AdamW's updates.
+            # Scaled by this, orthonormal rows have a root mean square of 0.2, like AdamW's updates.
             scale = 0.2 * math.sqrt(x.shape[-1])
             p.mul_(1 - group["lr"] * ADAMW["weight_decay"])
             p.sub_(x.view_as(p), alpha=group["lr"] * scale)
@@ -551,7 +559,7 @@ def main(args: Namespace) -> None:
     if args.resume:
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
         vars(args).update(state["args"], out=args.out, device=args.device, start=state["step"])
-        if not hasattr(args, "answer"):  # older versions of this script wrote answers as JSON
+        if not hasattr(args, "answer"):  # a run of the first edition, which wrote answers as JSON
             raise ValueError(f"{out} was trained with another answer form; train again")
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -567,7 +575,7 @@ def main(args: Namespace) -> None:
     if args.data == DEMO and args.rank == 0 and not os.path.isfile(DEMO):
         subprocess.run([sys.executable, Path(__file__).with_name("annotate.py")])
     if args.world_size > 1:
-        dist.init_process_group()  # where the other processes wait
+        dist.init_process_group()  # the other processes wait here for the demo
     transformers.utils.logging.disable_progress_bar()
 
     # Records. A resumed run must see the same ones.
@@ -575,8 +583,9 @@ def main(args: Namespace) -> None:
     checksum = zlib.crc32(data.read_bytes())
     if state and args.checksum != checksum:
         raise ValueError(f"--resume: {data} has changed since the run began; start a new run")
-    records, val = read_records(data), Path(args.val or data.with_name("val.jsonl"))
-    val_records = read_records(val)[:VAL_RECORDS] if args.val or val.is_file() else []
+    records = read_records(data)
+    val_file = Path(args.val or data.with_name("val.jsonl"))
+    val_records = read_records(val_file)[:VAL_RECORDS] if args.val or val_file.is_file() else []
     args.samples_per_step = args.batch_size * args.grad_accum * args.world_size
     if args.epochs and not state:
         args.steps = math.ceil(args.epochs * len(records) / args.samples_per_step)
@@ -597,7 +606,7 @@ def main(args: Namespace) -> None:
 
     # Train and write. What describes the run is added to its settings, for state.pt and run.json.
     vars(args).update(
-        answer="headings", prompt=PROMPT, checksum=checksum,
+        answer="headings", prompt=PROMPT, checksum=checksum,  # infer.py checks the form of answers
         faces=len(records), validation_faces=len(val_records),
         people=len({record.get("identity", record["image"]) for record in records}),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -188,7 +188,7 @@ def read_rig(folder: Path) -> ndarray:
         vertices = [line.split()[1:4] for line in lines if line.startswith("v ")]
         shapes.append(np.array(vertices, dtype=float))  # (V, 3)
         if shapes[-1].shape != shapes[0].shape:
-            raise ValueError(f"{path} has not as many vertices as Neutral.obj")
+            raise ValueError(f"{path} and Neutral.obj differ in their number of vertices")
     return np.stack(shapes[1:]) - shapes[0]
 
 def vertex_error(predicted: ndarray, true: ndarray, deltas: ndarray) -> float:
@@ -228,8 +228,8 @@ def read_records(file: str) -> dict:
     return records
 
 def match(files: list, tables: list) -> list:
-    """Returns a list of records per file, all of the same images, without those that have an
-    "error" in any file. Raises ValueError unless every file has the images of the last, the truth.
+    """Returns a list of records per file, all of the same images. An image with an "error" in any
+    file is left out. Raises ValueError unless every file covers the images of the last, the truth.
     """
     truth = tables[-1]
     failed = set()
@@ -252,8 +252,8 @@ def by_part(predicted: ndarray, true: ndarray, parts: dict) -> dict:
 
 def print_report(text: str) -> None:
     """Prints the results, given as JSON, but not the many rows of the 52 coefficients."""
-    results = json.loads(text, parse_float=lambda number: round(float(number), 4))
-    print(results["images"], "pictures,", results["errors"], "left out for lack of a prediction")
+    results = json.loads(text, parse_float=lambda number: round(float(number), 4))  # rounds all
+    print(results["images"], "pictures,", results["errors"], "of them without a prediction")
     print(" " * 24, *(f"{title:>9}" for title in COLUMNS.values()))
     for section in ("models", "baselines", "by_region", "by"):
         for name, row in results[section].items():
@@ -266,8 +266,8 @@ def print_report(text: str) -> None:
     print("uncertainty:", results["uncertainty"])
 
 def draw_plot(rows: dict, predicted: ndarray, true: ndarray) -> Image.Image:
-    """Draws a panel per coefficient, given its row of metrics: predicted (N, C), upwards, against
-    true, to the right. A dot is a picture, on the diagonal if it is right."""
+    """Draws a panel per coefficient, given its row of metrics: predicted (N, C) on the y axis, true
+    on the x axis. Each dot is a picture, on the diagonal if the prediction is correct."""
     pixels = np.full((680, 1900), 255, np.uint8)
     for x, y, grey in [(DIAGONAL, DIAGONAL, 190), (true, predicted, 0)]:  # in all panels at once
         pixels[BOTTOM - (120 * y).astype(int), LEFT + (120 * x).astype(int)] = grey
@@ -281,7 +281,7 @@ def draw_plot(rows: dict, predicted: ndarray, true: ndarray) -> Image.Image:
 # ---- Main ----------------------------------------------------------------------------------------
 def main(args: Namespace) -> None:
     """Reads, matches, compares, writes, prints."""
-    # Missing files default to the demo's.
+    # Without any file, or without the truth, use the demo's.
     files = args.files + DEMO_FILES[len(args.files):]
     train_file = Path(args.train or Path(files[-1]).with_name("train.jsonl"))
     if os.path.realpath(args.out) in map(os.path.realpath, (*files, train_file)):
@@ -303,7 +303,7 @@ def main(args: Namespace) -> None:
     # Compare. Parts, words and standard deviations are those of the first file.
     first = predicted[files[0]]
     arrays = predicted | baselines
-    by = np.array([str(record.get(args.by)) for record in truth if args.by])
+    by = np.array([str(record.get(args.by)) for record in truth] if args.by else [])
     rows = {name: metrics(array, true) for name, array in arrays.items()}
     if args.rig:
         deltas = read_rig(Path(args.rig))

@@ -6,7 +6,7 @@ words, and for each coefficient gives a distribution over 0.0, 0.1, ..., 1.0. We
 (RAIL, arXiv 2403.04182) and its standard deviation.
 
 Reads:  pictures, folders of pictures or .jsonl records with an "image", and a run of distill.py or,
-        with --prompt, any Qwen-VL or PEFT adapter for one, such as the authors'
+        with --prompt, any Qwen-VL, or a PEFT adapter for one, such as the authors'
 Writes: prediction records, one JSON object per line. An unusable picture has an "error" instead
     {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05,
      ...}, "description": {"expression_category": "slight happiness", ...}, "error": null}
@@ -58,14 +58,15 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 COLUMNS = ["Timecode", "BlendshapeCount", *(name[0].upper() + name[1:] for name in ARKIT_NAMES),
            "HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
            "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
-FIELD_TOKENS, WORDS_TOKENS = 150, 600  # limits of a field, and of all words of a foreign model
-AUTHORS_PIXELS = 1024 * 32 * 32  # for checkpoints trained elsewhere: 1024 image tokens
-# Settings of a plain LoRA, with their allowed values. With others, such as init_lora_weights =
-# pissa, which changes W, the result would not be W + B A.
-UNSET = """bias use_dora use_rslora use_qalora alpha_pattern rank_pattern lora_bias modules_to_save
-    alora_invocation_tokens trainable_token_indices target_parameters layer_replication
-    fan_in_fan_out""".split()
-PLAIN_LORA = {"peft_type": ["LORA"], **dict.fromkeys(UNSET, [None, False, {}, [], "none"]),
+FIELD_TOKENS = 150  # longest text of a field
+# For a checkpoint that was trained elsewhere: its longest text, and the size of its pictures.
+WORDS_TOKENS, MAX_PIXELS = 600, 1024 * 32 * 32
+# The settings of a plain LoRA, see load_adapter(), with their allowed values. Others change the
+# formula: init_lora_weights = pissa, for example, also changes the base weights.
+MUST_BE_UNSET = """bias use_dora use_rslora use_qalora alpha_pattern rank_pattern lora_bias
+    modules_to_save alora_invocation_tokens trainable_token_indices target_parameters
+    layer_replication fan_in_fan_out""".split()
+PLAIN_LORA = {"peft_type": ["LORA"], **dict.fromkeys(MUST_BE_UNSET, [None, False, {}, [], "none"]),
               "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]}
 
 def parse_args(argv=None) -> Namespace:
@@ -76,7 +77,7 @@ def parse_args(argv=None) -> Namespace:
     add("inputs", nargs="*", metavar="INPUT", default=["data/demo/val.jsonl"],
         help="pictures, folders of them or .jsonl records (default: the demo's held-out faces)")
     add("--model", default="runs/demo", help="checkpoint, adapter or hub id (default %(default)s)")
-    add("--base", help="base model of an adapter, if the one in its config does not exist here")
+    add("--base", help="base model of an adapter, if the one in its config is not on this machine")
     add("--prompt", help="prompt of a checkpoint trained elsewhere: a .jsonl whose first record "
         "has messages, or a text file (first a system prompt and a line ---, if it needs one)")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
@@ -107,7 +108,7 @@ def answer_skeleton(supervision: str) -> list[tuple]:
     return [*zip(parts[::2], parts[1::2]), (end, None)]
 
 class State:
-    """B answers that are being decoded: the model and its cache of all tokens so far."""
+    """B answers that are being decoded: the model, and its cache of all tokens so far."""
 
     def __init__(self, model: nn.Module, inputs: dict):
         """Feeds the prompts (B, T) with their images."""
@@ -115,7 +116,7 @@ class State:
         self.mask = inputs["attention_mask"]  # (B, T), 0 where a token is padding
         output = model.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.last = output.last_hidden_state[:, -1:]  # (B, 1, D)
-        # An image takes fewer positions than tokens. The call above has stored the difference.
+        # An image uses fewer positions than it has tokens. rope_deltas is the difference.
         self.offset = model.model.rope_deltas  # (B, 1)
 
     def feed(self, ids: Tensor, mask: Tensor | int = 1) -> Tensor:
@@ -137,24 +138,24 @@ class State:
 def decode_text(state: State, tokenizer, stop: str, limit: int) -> list[str]:
     """Decodes one text per answer, greedily, one token per step for all answers.
 
-    A text ends at the end token, at a token that contains `stop`, or after `limit` tokens. An end
-    token, or one with `stop`, is not fed, but any text before `stop` is kept.
+    A text ends at the end token, at a token that contains `stop`, or after `limit` tokens. That
+    token is not fed back, but the part of it before `stop` belongs to the text.
     """
-    over = re.compile(f"{re.escape(stop)}|{re.escape(tokenizer.eos_token)}")
+    ending = re.compile(f"{re.escape(stop)}|{re.escape(tokenizer.eos_token)}")
     is_open, columns = torch.ones_like(state.mask[:, :1]), []  # (B, 1)
     for _ in range(limit):
         ids = state.model.lm_head(state.last).argmax(dim=-1)  # (B, 1)
         columns.append(ids)
         for row, token in enumerate(tokenizer.batch_decode(ids)):
-            if over.search(token):
+            if ending.search(token):
                 is_open[row] = 0
         if not is_open.any():
             break
         state.feed(ids, is_open)  # where a text has ended, this is padding
     texts = tokenizer.batch_decode(torch.cat(columns, dim=1))
-    return [over.split(text)[0].strip() for text in texts]
+    return [ending.split(text)[0].strip() for text in texts]
 
-def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
+def decode_numbers(state: State, fixed_texts: list, value_ids: Tensor) -> tuple:
     """Decodes all numbers in a few passes, with the same result as greedy decoding one by one
     (Jacobi decoding, arXiv 2402.02057). For example, with three numbers:
 
@@ -164,12 +165,12 @@ def decode_numbers(state: State, pieces: list, value_ids: Tensor) -> tuple:
         feed 0.2, 0.5, 0.1 -> it chooses the same again, so this is the greedy answer
 
     A choice is final if all tokens fed before it are. So each pass makes at least one more token
-    final, and the loop ends. `pieces` holds the token ids of the fixed text before each number,
+    final, and the loop ends. `fixed_texts` are the token ids of the text before each number,
     `value_ids` (11, L) those of VALUES. Returns distributions (B, C, 11) and greedy choices (B, C).
     """
     # The tokens of the block, with 0.0 as the first guess of each number.
     block, starts = [], []
-    for fixed_ids in pieces:
+    for fixed_ids in fixed_texts:
         block += fixed_ids
         starts.append(len(block))
         block += value_ids[0].tolist()
@@ -205,8 +206,8 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     is_one = units.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
 
-    # Where "1" is the final choice, it was also fed, so the tenths after "0." are unknown. Then all
-    # probability of "0" counts as 0.9, the value next to 1.0.
+    # Where "1" is chosen, it was also fed, so nothing is known about the tenths after "0.". Then
+    # all of "0" counts as 0.9: with 0.3 for "0" and 0.7 for "1", 0.9 gets 0.3 and 1.0 gets 0.7.
     zero, one = units.softmax(dim=-1).split(1, dim=-1)  # (B, C, 1) each
     tenths = tenths.softmax(dim=-1)
     tenths[is_one] = 0
@@ -219,25 +220,26 @@ def decode_answers(predictor: Namespace, inputs: dict) -> tuple:
     tokenizer, state = predictor.tokenizer, State(predictor.model, inputs)
     descriptions = [{} for _ in state.mask]
     value_ids = state.mask.new_tensor(tokenizer(VALUES)["input_ids"])  # (11, L)
-    skeleton = answer_skeleton(predictor.supervision or "numeric")  # of a foreign model, see below
+    # Of a checkpoint trained elsewhere, only the form of the numbers is known.
+    skeleton = answer_skeleton(predictor.supervision or "numeric")
     pieces = [(tokenizer.encode(text), slot) for text, slot in skeleton]
-    numbers = [fixed_ids for fixed_ids, slot in pieces if slot in ARKIT_NAMES]
+    before_numbers = [fixed_ids for fixed_ids, slot in pieces if slot in ARKIT_NAMES]
 
-    # A checkpoint trained elsewhere writes its words as one text, up to the JSON object.
+    # It writes its words as one text, up to the first token of the JSON object.
     if predictor.supervision is None:
-        opening = tokenizer.decode(numbers[0][:1])  # {"
+        opening = tokenizer.decode(before_numbers[0][:1])  # {"
         texts = decode_text(state, tokenizer, opening, WORDS_TOKENS)
         descriptions = list(map(read_headings, texts))
 
-    # Ours has four fields and a block of numbers, in either order.
+    # Ours writes four fields and a block of numbers, in either order.
     for fixed_ids, slot in pieces:
         if slot in FIELDS:
             state.feed(state.mask.new_tensor([fixed_ids] * len(state.mask)))  # (B, n)
             texts = decode_text(state, tokenizer, "\n", FIELD_TOKENS)
             for description, text in zip(descriptions, texts):
                 description[slot] = text
-        elif slot == ARKIT_NAMES[0]:  # decodes all 52, so the loop passes over the other 51
-            probabilities, choice = decode_numbers(state, numbers, value_ids)
+        elif slot == ARKIT_NAMES[0]:  # all 52 are decoded here, and the others skipped
+            probabilities, choice = decode_numbers(state, before_numbers, value_ids)
     return probabilities, choice, descriptions
 
 def read_headings(text: str) -> dict | None:
@@ -256,12 +258,12 @@ def read_prompt(path: Path) -> dict:
     text = path.read_text(encoding="utf-8-sig").lstrip()
     system, _, prompt = map(str.strip, text.rpartition("\n---\n"))
     try:
-        if text.startswith(("{", "[")):
+        if text.startswith(("{", "[")):  # an array is refused, since it has no messages
             messages = json.loads(text.split("\n")[0])["messages"]
             turns = {message["role"]: message["content"] for message in messages}
             system, prompt = turns.get("system"), turns["user"].removeprefix("<image>")
         if not prompt or "<image>" in prompt:
-            raise ValueError("the prompt is empty or contains <image> after its start")
+            raise ValueError("the prompt is empty or contains <image> other than at its start")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--prompt {path}: {error!s:.100}; expected a text file, or a .jsonl with "
                          '{"messages": [{"role": "user", "content": "<image>Describe ..."}]}')
@@ -292,10 +294,10 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
     checkpoint is unfinished, damaged, or of an unsupported kind."""
     # The settings of the run. `supervision` is None for a checkpoint that was trained elsewhere.
     folder = Path(model_dir)
-    predictor = Namespace(supervision=None, max_pixels=AUTHORS_PIXELS, system=None)
+    predictor = Namespace(supervision=None, max_pixels=MAX_PIXELS, system=None)
     if (folder / "run.json").is_file():
         vars(predictor).update(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-        if "answer" not in predictor:  # older versions of distill.py wrote answers as JSON
+        if "answer" not in predictor:  # a run of the first edition, which wrote answers as JSON
             raise ValueError(f"{folder} was trained with another answer form; train again")
     elif not prompt_file:
         raise ValueError(f"--model {folder} holds no finished run; train one with python distill.py"
@@ -336,7 +338,7 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
             # Weights of one byte are too coarse to add to.
             may_be_tied = re.search("embed_tokens|lm_head", stem)
             if update.shape != weight.shape or may_be_tied or weight.element_size() < 2:
-                raise ValueError(f"{stem} does not fit")
+                raise ValueError(f"{stem} fits no weight that may be changed")
             weight.copy_(weight.float() + update)
     except Exception as error:  # damaged files raise many types
         raise ValueError(f"adapter {folder} (--base sets its base model): {error!s:.200}; if it is "
@@ -348,8 +350,8 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
 def open_image(path: str) -> Image.Image:
     """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
     image = ImageOps.exif_transpose(Image.open(path, formats=IMAGE_FORMATS))
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() alone would clip at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
@@ -432,7 +434,7 @@ def list_images(inputs: list) -> list[Path]:
                     if line.strip():
                         images.append(path.parent / json.loads(line)["image"])
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}; expected an image's record")
+                    raise ValueError(f"{path}, line {number}: {error}; expected an image record")
     if not any(map(Path.is_file, images)):
         raise ValueError(f"no pictures in {inputs!s:.200}; expected pictures, folders or .jsonl")
     return list(dict.fromkeys(map(Path.resolve, images)))
@@ -457,8 +459,8 @@ def predict_all(predictor: Namespace, images: list[Path], args: Namespace) -> li
     share = np.array_split(images, world_size)[rank]
     done = len(complete_lines(parts[rank])) if args.resume else 0
 
-    # Predict. A picture is named by its path from the folder of --out, free of symlinks, because
-    # ".." after a link would lead elsewhere.
+    # Predict. A picture is named by its path relative to the folder of --out. list_images() has
+    # resolved symlinks, with which ".." would lead to the wrong folder.
     folder = Path(args.out).parent.resolve()
     with parts[rank].open("a" if done else "w") as file:
         for start in tqdm(range(done, len(share), args.batch_size), disable=rank > 0):
@@ -488,7 +490,8 @@ def write_livelink(path: Path, records: list[dict], fps: int) -> None:
         if not record["error"]:
             # A second has 60,000 ticks, which are thousandths of a sixtieth.
             seconds, ticks = divmod(round(60_000 * k / fps), 60_000)
-            clock = f"{timedelta(seconds=seconds)!s:0>8}:{ticks // 1000:02d}.{ticks % 1000:03d}"
+            clock = str(timedelta(seconds=seconds)).zfill(8)  # 00:00:00
+            clock += f":{ticks // 1000:02d}.{ticks % 1000:03d}"
             values = [*record["coefficients"].values(), *[0] * 9]
             rows.append([clock, "61", *(f"{value:.10f}" for value in values)])
     path.write_text("".join(",".join(row) + "\n" for row in rows))
@@ -520,7 +523,7 @@ def main(args: Namespace) -> None:
     """Predicts, and writes records, take and charts."""
     out = Path(args.out)
     if out.is_dir() or out.resolve() in [Path(path).resolve() for path in args.inputs]:
-        raise ValueError(f"--out {out} is a folder or an INPUT, and would be overwritten")
+        raise ValueError(f"--out {out} is a folder, or an INPUT, which would be overwritten")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
     logging.disable_progress_bar()

@@ -237,7 +237,7 @@ def test_description_of_known_faces(face, expected):
     assert list(annotate.describe({**ZEROS, **face}).values()) == expected
 
 # ---- annotate.py: drawings and files ---------------------------------------------------------------------------------
-LEFT_OUT = "records without a face, values or a prediction, left out"
+LEFT_OUT = "records left out (no face, no values or no prediction)"
 
 def read_input(path, *flags) -> tuple[list, Counter]:
     counts = Counter()
@@ -477,15 +477,15 @@ ROW = "00:00:00:00.000,52" + ",0.0" * 52
     *(("a.jsonl", text, "line 1.*one line of") for text in ('{"image": ', "[1]", "null", "[" * 5000, "{}")),
     ("a.jsonl", "", "no usable record"), *(("a.jsonl", json.dumps({"coefficients": values}), message) for values, message in (
         ({"jawOpen": 0.5}, "52 ARKit"), ([0.5], "0.5"), ({**ZEROS, "jawDrop" * 999: 0.5}, "missing or unknown; .*52 ARKit"),
-        ({**ZEROS, "EyeBlinkLeft": 0.5}, "eyeBlinkLeft comes twice"), ({**ZEROS, "jaw_L": 0.5}, "jawLeft comes twice"),
+        ({**ZEROS, "EyeBlinkLeft": 0.5}, "eyeBlinkLeft appears twice"), ({**ZEROS, "jaw_L": 0.5}, "jawLeft appears twice"),
         *(({**ZEROS, "jawOpen": value}, "line 1: jawOpen is ") for value in (math.nan, "0.5", True, None, 1.2, -0.2, math.inf)))),
     *(("a.json", json.dumps(value), f"result 1{message}") for value, message in (
         ({"facsNames": [], "weightMat": []}, ".*facsNames"), ([1, 2], ""), ("text", ""), ([[0.1] * 52], ""),
         ({"faceBlendshapes": [[{"score": 1}]]}, ".*categoryName"),
-        ({"faceBlendshapes": [[{"categoryName": "jawOpen", "score": 0.5}] * 2]}, ".*jawOpen comes twice"))),
+        ({"faceBlendshapes": [[{"categoryName": "jawOpen", "score": 0.5}] * 2]}, ".*jawOpen appears twice"))),
     *(("a.csv", "\n".join(lines), message) for *lines, message in (
         (HEADER.replace(",", ";"), ROW, "no column.*Timecode;"), (ROW, ROW, "no column.*00:00"), (HEADER, "no usable record"),
-        (HEADER, ROW, ROW[:80], "line 3: Jaw\\w+ is ''"), (f"{HEADER},eyeBlinkLeft", f"{ROW},0.1", "comes twice"),
+        (HEADER, ROW, ROW[:80], "line 3: Jaw\\w+ is ''"), (f"{HEADER},eyeBlinkLeft", f"{ROW},0.1", "appears twice"),
         *((HEADER, ROW.replace(",0.0", f",{cell}", 1), f"line 2: {message}") for cell, message in (
             ("", "EyeBlinkLeft is ''"), ("x", "EyeBlinkLeft is 'x"), ("1.27", "EyeBlinkLeft is 1.27, expected 0 to 1,"),
             ("7.0", "EyeBlinkLeft is 7.0, expected 0 to 1 .divide percentages"))),
@@ -554,12 +554,13 @@ def test_exactly_the_answer_and_its_end_are_supervised(demo, supervision):
     dataset.records[0]["coefficients"]["jawOpen"] = -0.0  # which is written 0.0
     batch, decode = dataset.batch(range(3)), dataset.tokenizer.decode
     for row, record in enumerate(dataset.records[:3]):
-        ids, labels, is_word = (batch[name][row] for name in ("input_ids", "labels", "is_word"))
+        ids, labels = batch["input_ids"][row], batch["labels"][row]
+        tokens, roles = dataset.encode(record, 16).unbind(-1)
         answer = write_answer(record["description"], record["coefficients"], supervision) + "<|im_end|>"
         assert decode(labels[labels != -100]) == answer and (labels[labels != -100] == ids[labels != -100]).all()
         assert decode(ids).rstrip(decode([0])) == distill.prompt_text(distill.PROMPT, 16) + answer
         words = "".join(f" {text}" for text in record["description"].values()) if supervision != "numeric" else ""
-        assert decode(ids[is_word]) == words
+        assert tokens.equal(ids[:len(tokens)]) and decode(tokens[roles == distill.WORD_TOKEN]) == words
 
 @pytest.mark.parametrize("digits_are_split", [False, True])
 def test_loss_equals_the_library_s(digits_are_split, demo, qwen, monkeypatch):
@@ -600,7 +601,8 @@ def test_the_words_of_training_batches_are_replaced_in_the_same_way_after_a_resu
     args = run_args("--steps", 6, "--batch-size", 4)
     batches, order = list(distill.load_batches(dataset, args, 0)), distill.batch_order(8, args)
     for batch, indices in zip(batches, order, strict=True):
-        plain, is_word = dataset.batch(indices), batch["is_word"]
+        plain, roles = dataset.batch(indices), [dataset.encode(dataset.records[index], 16)[:, 1] for index in indices]
+        is_word = torch.nn.utils.rnn.pad_sequence(roles, batch_first=True) == distill.WORD_TOKEN
         assert batch["labels"].equal(plain["labels"]) and not batch["input_ids"].equal(plain["input_ids"])
         assert batch["input_ids"][~is_word].equal(plain["input_ids"][~is_word])
     resumed = list(distill.load_batches(dataset, args, 4))
