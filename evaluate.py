@@ -48,18 +48,14 @@ RESAMPLES = 1000  # bootstrap samples
 DEMO_FILES = ["predictions.jsonl", "data/demo/val.jsonl"]
 COLUMNS = {"mae": "MAE", "rmse": "RMSE", "pearson_median": "median r",  # of the table
            "pearson_above_0.8": "r > 0.8", "ccc": "CCC", "f1": "F1", "vertex": "vertices"}
-# The plot's panels, 120 pixels wide and high: their lower left corners (C,) and their diagonal.
-LEFT, BOTTOM = 15 + 145 * (np.arange(52) % 13), 130 + 170 * (np.arange(52) // 13)
-DIAGONAL = np.linspace(0, 1, 121)[:, None]
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="one or more files of predictions, then the "
-        f"truth, which may be left out after a single file (default: {DEMO_FILES}). Regions, words "
-        "and standard deviations are those of the first")
+    add("files", nargs="*", metavar="FILE", help="one or more files of predictions, then the truth "
+        f"(default: {DEMO_FILES}). Regions, words and std are those of the first file")
     add("--train", help="records for the mean baseline (default: train.jsonl next to the truth)")
     add("--by", help="also report by the values of this field of the truth, such as identity")
     add("--rig", help="folder with Neutral.obj and one OBJ file per coefficient, such as "
@@ -254,16 +250,20 @@ def print_report(text: str) -> None:
     """Prints the results, given as JSON, but not the many rows of the 52 coefficients."""
     results = json.loads(text, parse_float=lambda number: round(float(number), 4))  # rounds all
     print(results["images"], "pictures,", results["errors"], "of them without a prediction")
-    print(" " * 24, *(f"{title:>9}" for title in COLUMNS.values()))
+    print(" " * 30, *(f"{title:>9}" for title in COLUMNS.values()))
     for section in ("models", "baselines", "by_region", "by"):
         for name, row in results[section].items():
-            print(f"{name[-24:]:24}", *(f"{row.get(key, '-'):>9}" for key in COLUMNS))
+            print(f"{name:30}", *(f"{row.get(key, '-'):>9}" for key in COLUMNS))
 
     print("RMSE, 95% intervals over people (over pictures if there are fewer than five people)")
     for name, row in (results["intervals"] | results["differences"]).items():
         print("   ", row["rmse"], name)
     print("description:", results["description"])
     print("uncertainty:", results["uncertainty"])
+
+# The plot's panels, 120 pixels wide and high: their lower left corners (C,) and their diagonal.
+LEFT, BOTTOM = 15 + 145 * (np.arange(52) % 13), 130 + 170 * (np.arange(52) // 13)
+DIAGONAL = np.linspace(0, 1, 121)[:, None]
 
 def draw_plot(rows: dict, predicted: ndarray, true: ndarray) -> Image.Image:
     """Draws a panel per coefficient, given its row of metrics: predicted (N, C) on the y axis, true

@@ -61,13 +61,6 @@ COLUMNS = ["Timecode", "BlendshapeCount", *(name[0].upper() + name[1:] for name 
 FIELD_TOKENS = 150  # longest text of a field
 # For a checkpoint that was trained elsewhere: its longest text, and the size of its pictures.
 WORDS_TOKENS, MAX_PIXELS = 600, 1024 * 32 * 32
-# The settings of a plain LoRA, see load_adapter(), with their allowed values. Others change the
-# formula: init_lora_weights = pissa, for example, also changes the base weights.
-MUST_BE_UNSET = """bias use_dora use_rslora use_qalora alpha_pattern rank_pattern lora_bias
-    modules_to_save alora_invocation_tokens trainable_token_indices target_parameters
-    layer_replication fan_in_fan_out""".split()
-PLAIN_LORA = {"peft_type": ["LORA"], **dict.fromkeys(MUST_BE_UNSET, [None, False, {}, [], "none"]),
-              "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]}
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
@@ -313,6 +306,14 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
     predictor.model = model.to(device).eval()
     predictor.tokenizer, predictor.image_processor = processors
     return predictor
+
+# The settings of a plain LoRA, with their allowed values. Others change the formula below:
+# init_lora_weights = pissa, for example, also changes the base weights.
+MUST_BE_UNSET = """bias use_dora use_rslora use_qalora alpha_pattern rank_pattern lora_bias
+    modules_to_save alora_invocation_tokens trainable_token_indices target_parameters
+    layer_replication fan_in_fan_out""".split()
+PLAIN_LORA = {"peft_type": ["LORA"], **dict.fromkeys(MUST_BE_UNSET, [None, False, {}, [], "none"]),
+              "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]}
 
 @torch.no_grad()
 def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
