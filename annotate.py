@@ -46,15 +46,15 @@ ARKIT_NAMES = """
     browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft
     cheekSquintRight noseSneerLeft noseSneerRight tongueOut""".split()
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
-# Pillow cannot open .heic. Listing it turns a silent skip into an error.
+# Pillow cannot open .heic. It is listed so that frames are counted right and infer.py reports it.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
-IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # all that Pillow may try
 EXPECTED = ("give a Live Link Face take (.csv), MediaPipe results (.json) or a .jsonl with one "
             'line of {"image": "a.png", "coefficients": {"jawOpen": 0.1, ... all 52}} per face')
 CELL = 160  # side of a picture on the contact sheet, pixels
 
 # Each coefficient has one of four levels: at rest below 0.15, then slight, from 0.4 moderate and
-# from 0.7 strong. All words depend on the levels alone.
+# from 0.7 strong. All wording depends only on the levels.
 BANDS = [0.15, 0.4, 0.7]
 ACTIVE = BANDS[0]
 ADVERBS = ["", "slightly", "moderately", "strongly"]
@@ -62,7 +62,7 @@ ADVERBS = ["", "slightly", "moderately", "strongly"]
 DEGREES = ["", "slight ", "", "strong "]
 # What to say about each action, with an adverb in place of *. Here and in EMOTIONS and GESTURES, a
 # key means every name that begins with it: "browDown" is browDownLeft and browDownRight. Two names
-# joined by "/", one per eye, are a direction of gaze.
+# joined by "/", one per eye, denote a direction of gaze.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp": "outer brow * raised",
               "browDown": "brow * lowered"},
@@ -113,7 +113,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--identity", help="the person shown (default: the file name of a take or of results)")
     add("--every", type=int, default=1, help="keep every Nth row (default %(default)s)")
     add("--out", help="file, or folder for the demo (default: beside INPUT, or data/demo)")
-    add("--sheet", help="draw 24 records into this file; then records are only written with --out")
+    add("--sheet", help="draw 24 records into this picture; without --out, nothing else is written")
     add("--llm", help="describe with this chat model (hub id or folder) instead of the rules")
     add("--resume", action="store_true", help="continue an interrupted --llm run")
     add("--batch-size", type=int, default=16, help="faces per --llm batch (default %(default)s)")
@@ -194,7 +194,7 @@ def classify(levels: dict) -> tuple[str, str]:
             cosines[emotion] = product / (length * math.hypot(*pattern.values()))
             strongest[emotion] = max(levels[name] for name in pattern)
 
-    # Keep the best emotion, or the best two, without a degree, if the second is nearly as good.
+    # Keep the best emotion. If the second is nearly as good, name both, without a degree.
     first, second = sorted(cosines, key=cosines.get, reverse=True)[:2]
     if cosines[first] < 0.5:
         return "movement without a clear emotion", "not clearly observable"
@@ -228,7 +228,7 @@ def read_answer(text: str) -> dict | None:
     try:
         words = json.loads(re.search(r"\{.*\}", text, re.DOTALL)[0])
         words = {field: " ".join(words[field].split()) for field in FIELDS}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not such a JSON
         return None
     return words if all(words.values()) else None
 
@@ -260,7 +260,8 @@ def list_pictures(folder: Path) -> list[Path]:
         r"\d+", lambda digits: digits[0].zfill(20), path.name.lower()))
 
 def complete_lines(path: Path) -> list[bytes]:
-    """Returns the lines that an interrupted run left in a file, and cuts off a torn last one."""
+    """Returns the lines that an interrupted run left in a file, which is created if it is missing,
+    and cuts off an incomplete last line."""
     path.touch()
     text = path.read_bytes()
     complete = text[:text.rfind(b"\n") + 1]
@@ -354,7 +355,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> dict:
                 record = {"image": None, **json.loads(item)}
                 pairs = (record["coefficients"] or {}).items()
             if not pairs:
-                counts["records left out (no face, no values or no prediction)"] += 1
+                counts["records skipped (no face, no values or no prediction)"] += 1
                 continue
             record["coefficients"] = standardize(pairs, counts)
             if args.identity:
@@ -382,7 +383,7 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
     folder = path.parent.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # Until it is complete, the file has a checksum of faces and model in its name, so that --resume
-    # never continues another run.
+    # never picks up a different run.
     checksum = zlib.crc32(json.dumps([args.llm, records]).encode())
     unfinished = path.with_name(f"{path.name}.{checksum:08x}")
     done = len(complete_lines(unfinished)) if args.resume else 0
@@ -728,4 +729,4 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit(str(error).partition("\n")[0][:400])
     except KeyboardInterrupt:
-        sys.exit("interrupted; add --resume to continue an --llm run, else run it again")
+        sys.exit("interrupted; add --resume to continue an --llm run, otherwise run it again")

@@ -63,7 +63,7 @@ VALUES = [f"{k / 10:.1f}" for k in range(11)]  # each coefficient is written wit
 PROMPT = "Describe the facial muscle movements, then give the 52 ARKit coefficients as JSON."
 DEMO = "data/demo/train.jsonl"  # drawn if it is missing
 KINDS = ["qwen2_5_vl", "qwen3_vl"]  # model types that can be trained
-IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # all that Pillow may try
 
 # Defaults for a pretrained model, and for the demo's tiny one, whose weights are random.
 PRETRAINED = {"steps": 2000, "lr": 1e-4, "lora_rank": 16, "max_pixels": 512 * 512,
@@ -77,7 +77,7 @@ VAL_RECORDS = 64  # for the validation loss, which only monitors the training
 LOADERS, BATCHES_AHEAD = 2, 4  # threads that read pictures, and batches they read ahead
 LOSS_LOGITS = 2**27  # logits held in memory at once: 0.5 GB, or 883 tokens of Qwen's vocabulary
 IGNORE_INDEX = -100  # the label of a token that is not supervised
-PROMPT_TOKEN, ANSWER_TOKEN, WORD_TOKEN = range(3)  # roles; words are those of a description
+PROMPT_TOKEN, ANSWER_TOKEN, WORD_TOKEN = range(3)  # roles: WORD_TOKEN marks the description
 LORA_SCALE = 2  # alpha / r, so PEFT's lora_alpha is twice the rank
 # All linear layers of the language model.
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -92,12 +92,13 @@ def parse_args(argv=None) -> Namespace:
     add("--val", help="validation records (default: val.jsonl next to --data, if it exists)")
     add("--model", default="tiny", help="tiny, or the hub id or folder of a Qwen-VL (default tiny)")
     add("--out", default="runs/demo", help="run folder (default %(default)s)")
-    add("--supervision", choices=list(ANSWERS), default="semantic", help="(default %(default)s)")
+    add("--supervision", choices=list(ANSWERS), default="semantic",
+        help="what the model learns to write (default %(default)s, the paper's order)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps")
     length.add_argument("--epochs", type=float, help="passes over the records, instead of --steps")
-    add("--batch-size", type=int, default=8, help="images per pass and GPU (default %(default)s)")
-    add("--grad-accum", type=int, default=1, help="passes per optimizer step (default %(default)s)")
+    add("--batch-size", type=int, default=8, help="images per batch and GPU (default %(default)s)")
+    add("--grad-accum", type=int, default=1, help="batches per step (default %(default)s)")
     add("--lr", type=float, help="peak learning rate; about 1e-5 for all weights of a 4B model")
     add("--lora-rank", type=int, help="0 trains all weights of the language model")
     add("--max-pixels", type=int, help="shrink larger pictures to this area")
@@ -123,7 +124,7 @@ def parse_args(argv=None) -> Namespace:
 #   <|im_start|>user
 #   <|vision_start|><|image_pad|>...<|vision_end|>Describe the ... as JSON.<|im_end|>
 #   <|im_start|>assistant
-# The model fills in the <slots> of the answer. The space before a word belongs to its token.
+# The model fills in the <slots> of the answer. Before words, the space is part of the first token.
 WORDS = """1. **Facial Expression Category**:<expression_category>
 2. **Muscle Movements**:<muscle_movements>
 3. **Emotional Implication**:<emotional_implication>
@@ -203,7 +204,7 @@ class FaceDataset:
         """Collates examples: patches are concatenated, tokens are padded on the right. Training
         passes the `seed` for replace_words, which only the tiny model uses."""
         patches, grids, tokens = zip(*map(self.example, indices))
-        # Both are padded with 0. No answer attends to padded ids, and role 0 is PROMPT_TOKEN.
+        # Both are padded with 0, the role of the prompt, so padding has no loss.
         ids, roles = nn.utils.rnn.pad_sequence(tokens, batch_first=True).unbind(-1)  # (B, T) each
         labels = ids.where(roles != PROMPT_TOKEN, IGNORE_INDEX)  # (B, T)
         if self.replaces_words and seed is not None:
@@ -336,14 +337,14 @@ def validate(model: nn.Module, val_set: FaceDataset, args: Namespace) -> float:
     """Returns the teacher-forced cross-entropy in nats per token, which only monitors the run."""
     nats, count = 0.0, 0
     for indices in torch.arange(len(val_set.records)).split(args.batch_size):
-        batch = val_set.batch(indices)
+        batch = val_set.batch(indices.tolist())
         nats += answer_loss(model, batch)
         count += (batch["labels"] != IGNORE_INDEX).sum()
     return float(nats / count)
 
 # ---- Saving and resuming -------------------------------------------------------------------------
 def write(path: Path, save, *args) -> None:
-    """Calls save(*args), which writes `path`. Raises OSError if it fails."""
+    """Calls save(*args). Raises an OSError that names `path` if it fails."""
     try:
         save(*args)
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors raise
@@ -380,7 +381,7 @@ def save_checkpoint(model: nn.Module, processors: list, args: Namespace) -> None
 
 # ---- Records, a pretrained model -----------------------------------------------------------------
 def clean_record(record: dict, folder: Path) -> dict:
-    """Returns a record with the path of its picture and each text of its description in one line.
+    """Returns a record with the path of its picture and each text of its description on one line.
     Raises ValueError if it cannot be trained on."""
     image = folder / record["image"]
     if not image.is_file():
@@ -395,7 +396,7 @@ def clean_record(record: dict, folder: Path) -> dict:
     return {**record, "image": image, "description": description}
 
 def read_records(path: Path) -> list:
-    """Reads annotated records. Raises ValueError with the first line that cannot be used."""
+    """Reads annotated records. Raises ValueError that names the first unusable line."""
     records = []
     for number, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
         try:
@@ -408,7 +409,7 @@ def read_records(path: Path) -> list:
         raise ValueError(f"{path} is empty; create records with annotate.py")
     return records
 
-# infer.py has a copy of load_base, with other KINDS.
+# infer.py has a copy of load_base, with more KINDS.
 def load_base(source: str, dtype: torch.dtype) -> tuple:
     """Loads (model, tokenizer, image processor) of a Qwen-VL from a folder or the hub. Raises
     ValueError if the files cannot be used."""
@@ -439,10 +440,9 @@ def load_pretrained(args: Namespace) -> tuple:
             if re.fullmatch(LORA_TARGETS, path):
                 model.set_submodule(path, LoraLinear(module, args.lora_rank))
     if args.checkpointing:
-        model.activation_checkpointing_enable()  # formerly gradient_checkpointing_enable
-        # That call makes the outputs of embeddings require gradients, which only reentrant
-        # checkpoints need. In Qwen2.5-VL the patch embedding is among them, and each backward pass
-        # would run through the frozen vision encoder.
+        model.activation_checkpointing_enable()
+        # Otherwise Qwen2.5-VL would backpropagate through its frozen vision encoder: the call above
+        # makes embedding outputs require gradients, which only reentrant checkpoints need.
         model.disable_input_require_grads()
     if args.compile and args.device.startswith("cuda"):
         torch._dynamo.config.suppress_errors = True  # without a C compiler, warn and continue
@@ -520,7 +520,7 @@ def replace_words(input_ids: Tensor, is_word: Tensor, rng: torch.Generator) -> T
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized updates, scaled to the size of AdamW's (arXiv 2502.16982).
 
-    Each weight is cut into blocks of MUON_ROWS rows, which are cheaper (arXiv 2510.16981). Five
+    Each weight is cut into blocks of MUON_ROWS rows, which is cheaper (arXiv 2510.16981). Five
     Newton-Schulz steps approximate U V^T, where U S V^T is the singular value decomposition of a
     block. torch.optim.Muon does this in bfloat16, which is slow on many CPUs.
     """
@@ -538,7 +538,7 @@ class Muon(torch.optim.Optimizer):
                 gram = x @ x.mT  # (blocks, MUON_ROWS, MUON_ROWS)
                 factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 x = torch.baddbmm(x, factor, x, beta=3.4445)  # (blocks, MUON_ROWS, in)
-            # Scaled by this, orthonormal rows have a root mean square of 0.2, like AdamW's updates.
+            # This scale gives orthonormal rows a root mean square of 0.2, like AdamW's updates.
             scale = 0.2 * math.sqrt(x.shape[-1])
             p.mul_(1 - group["lr"] * ADAMW["weight_decay"])
             p.sub_(x.view_as(p), alpha=group["lr"] * scale)
@@ -604,7 +604,7 @@ def main(args: Namespace) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
 
-    # Train and write. What describes the run is added to its settings, for state.pt and run.json.
+    # Train and write. A description of the run is added to its settings.
     vars(args).update(
         answer="headings", prompt=PROMPT, checksum=checksum,  # infer.py checks the form of answers
         faces=len(records), validation_faces=len(val_records),

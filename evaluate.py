@@ -46,8 +46,8 @@ ACTIVE = 0.15  # an action at or above this counts as active, as in annotate.py
 VARIANCE_FLOOR = 1e-14  # variances up to this count as zero
 RESAMPLES = 1000  # bootstrap samples
 DEMO_FILES = ["predictions.jsonl", "data/demo/val.jsonl"]
-COLUMNS = {"mae": "MAE", "rmse": "RMSE", "pearson_median": "median r",  # of the table
-           "pearson_above_0.8": "r > 0.8", "ccc": "CCC", "f1": "F1", "vertex": "vertices"}
+COLUMNS = {"mae": "MAE", "rmse": "RMSE", "pearson_median": "median r",  # metric: title
+           "pearson_above_0.8": "r > 0.8", "ccc": "CCC", "f1": "F1", "vertex": "rig error"}
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
@@ -110,8 +110,8 @@ def correlations(predicted: ndarray, true: ndarray) -> tuple[ndarray, ndarray]:
     return r, ccc
 
 def uncertainty(std: ndarray, predicted: ndarray, true: ndarray) -> dict:
-    """Returns the share of errors within one and two predicted standard deviations (N, C), over the
-    active coefficients: 68% and 95% for a normal distribution. Empty if there are none."""
+    """Returns the share of errors within one and two predicted standard deviations (N, C) of the
+    active coefficients. A normal distribution has 68% and 95%. Empty if none is active."""
     counted = (true >= ACTIVE) & (std >= 0)  # std is NaN if a record has none
     if not counted.any():
         return {}
@@ -154,7 +154,7 @@ def intervals(predicted: dict, true: ndarray, people: list, seed: int) -> dict:
         groups = np.arange(len(people))
     sizes = np.bincount(groups)  # (G,)
 
-    # A sample draws as many groups as there are, with replacement, alike for every file.
+    # A sample draws as many groups as there are, with replacement, the same for every file.
     rmse = {}  # samples (R,) per file
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(sizes), size=(RESAMPLES, len(sizes)))  # (R, G)
@@ -167,7 +167,7 @@ def intervals(predicted: dict, true: ndarray, people: list, seed: int) -> dict:
     return {"intervals": limits(rmse), "differences": limits(differences)}
 
 def limits(samples: dict) -> dict:
-    """Returns the limits of the middle 95% of R samples, by name."""
+    """Returns the bounds of the middle 95% of R samples, by name."""
     return {name: {"rmse": np.percentile(rmse, (2.5, 97.5)).tolist()}
             for name, rmse in samples.items()}
 
@@ -189,8 +189,8 @@ def read_rig(folder: Path) -> ndarray:
 
 def vertex_error(predicted: ndarray, true: ndarray, deltas: ndarray) -> float:
     """Returns the mean distance of a vertex between the faces that two arrays (N, C) drive."""
-    faces = (np.tensordot(error, deltas, axes=1) for error in predicted - true)  # (V, 3) each
-    return np.mean([np.linalg.norm(face, axis=1).mean() for face in faces]).item()
+    offsets = (np.tensordot(error, deltas, axes=1) for error in predicted - true)  # (V, 3) each
+    return np.mean([np.linalg.norm(offset, axis=1).mean() for offset in offsets]).item()
 
 # ---- Reading and matching ------------------------------------------------------------------------
 def to_array(values: dict) -> ndarray:
@@ -225,7 +225,7 @@ def read_records(file: str) -> dict:
 
 def match(files: list, tables: list) -> list:
     """Returns a list of records per file, all of the same images. An image with an "error" in any
-    file is left out. Raises ValueError unless every file covers the images of the last, the truth.
+    file is left out. Raises ValueError unless all files cover the images of the last, the truth.
     """
     truth = tables[-1]
     failed = set()
@@ -269,7 +269,7 @@ def draw_plot(rows: dict, predicted: ndarray, true: ndarray) -> Image.Image:
     """Draws a panel per coefficient, given its row of metrics: predicted (N, C) on the y axis, true
     on the x axis. Each dot is a picture, on the diagonal if the prediction is correct."""
     pixels = np.full((680, 1900), 255, np.uint8)
-    for x, y, grey in [(DIAGONAL, DIAGONAL, 190), (true, predicted, 0)]:  # in all panels at once
+    for x, y, grey in [(DIAGONAL, DIAGONAL, 190), (true, predicted, 0)]:  # broadcast over C panels
         pixels[BOTTOM - (120 * y).astype(int), LEFT + (120 * x).astype(int)] = grey
     chart = Image.fromarray(pixels)
     draw = ImageDraw.Draw(chart)

@@ -5,8 +5,8 @@ The fixed texts of an answer are fed to the model, so every answer is complete. 
 words, and for each coefficient gives a distribution over 0.0, 0.1, ..., 1.0. We report its mean
 (RAIL, arXiv 2403.04182) and its standard deviation.
 
-Reads:  pictures, folders of pictures or .jsonl records with an "image", and a run of distill.py or,
-        with --prompt, any Qwen-VL, or a PEFT adapter for one, such as the authors'
+Reads:  pictures, folders of pictures or .jsonl records with an "image", and a model: a run of
+        distill.py or, with --prompt, any Qwen-VL or a PEFT adapter for one, such as the authors'
 Writes: prediction records, one JSON object per line. An unusable picture has an "error" instead
     {"image": "images/000001.png", "coefficients": {"jawOpen": 0.12, ...}, "std": {"jawOpen": 0.05,
      ...}, "description": {"expression_category": "slight happiness", ...}, "error": null}
@@ -50,16 +50,16 @@ ARKIT_NAMES = """
     cheekSquintRight noseSneerLeft noseSneerRight tongueOut""".split()
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # each coefficient is written with one decimal
-# Model types whose cache can be cropped. qwen3_5 has recurrent layers, so it is not among them.
+# Model types whose cache can be cropped, see State.drop(). Not qwen3_5: its layers are recurrent.
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
-IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # that Pillow may open
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # all that Pillow may try
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 # The columns of a Live Link Face take. The last nine, which are angles, are not predicted.
 COLUMNS = ["Timecode", "BlendshapeCount", *(name[0].upper() + name[1:] for name in ARKIT_NAMES),
            "HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
            "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
-FIELD_TOKENS = 150  # longest text of a field
-# For a checkpoint that was trained elsewhere: its longest text, and the size of its pictures.
+FIELD_TOKENS = 150  # maximum length of a field
+# For a checkpoint that was trained elsewhere: maximum length of its text, and area of a picture.
 WORDS_TOKENS, MAX_PIXELS = 600, 1024 * 32 * 32
 
 def parse_args(argv=None) -> Namespace:
@@ -78,7 +78,7 @@ def parse_args(argv=None) -> Namespace:
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
     add("--plot", help="also draw a chart of each picture into this folder")
     add("--estimate", choices=["mean", "mode"], default="mean",
-        help="value to report: the mean, or the mode, which is greedy (default %(default)s)")
+        help="value to report: the mean, or the mode, the greedy choice (default %(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
     add("--batch-size", type=int, default=32, help="pictures per batch (default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
@@ -124,15 +124,15 @@ class State:
         return hidden
 
     def drop(self, count: int) -> None:
-        """Removes the last `count` tokens."""
+        """Removes the last `count` tokens, to feed others in their place."""
         self.cache.crop(-count)
         self.mask = self.mask[:, :-count]
 
 def decode_text(state: State, tokenizer, stop: str, limit: int) -> list[str]:
     """Decodes one text per answer, greedily, one token per step for all answers.
 
-    A text ends at the end token, at a token that contains `stop`, or after `limit` tokens. That
-    token is not fed back, but the part of it before `stop` belongs to the text.
+    A text ends at the end token, at a token that contains `stop`, or after `limit` tokens. The
+    token that ends it is not fed back, but the part before `stop` belongs to the text.
     """
     ending = re.compile(f"{re.escape(stop)}|{re.escape(tokenizer.eos_token)}")
     is_open, columns = torch.ones_like(state.mask[:, :1]), []  # (B, 1)
@@ -199,8 +199,8 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     is_one = units.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
 
-    # Where "1" is chosen, it was also fed, so nothing is known about the tenths after "0.". Then
-    # all of "0" counts as 0.9: with 0.3 for "0" and 0.7 for "1", 0.9 gets 0.3 and 1.0 gets 0.7.
+    # The tenths after "0." are unknown where "1" is chosen, since "1" was fed. There, all of "0"
+    # counts as 0.9: if "0" has 0.3 and "1" has 0.7, then 0.9 gets 0.3 and 1.0 gets 0.7.
     zero, one = units.softmax(dim=-1).split(1, dim=-1)  # (B, C, 1) each
     tenths = tenths.softmax(dim=-1)
     tenths[is_one] = 0
@@ -213,18 +213,18 @@ def decode_answers(predictor: Namespace, inputs: dict) -> tuple:
     tokenizer, state = predictor.tokenizer, State(predictor.model, inputs)
     descriptions = [{} for _ in state.mask]
     value_ids = state.mask.new_tensor(tokenizer(VALUES)["input_ids"])  # (11, L)
-    # Of a checkpoint trained elsewhere, only the form of the numbers is known.
+    # For a checkpoint trained elsewhere, only the form of the numbers is known.
     skeleton = answer_skeleton(predictor.supervision or "numeric")
     pieces = [(tokenizer.encode(text), slot) for text, slot in skeleton]
     before_numbers = [fixed_ids for fixed_ids, slot in pieces if slot in ARKIT_NAMES]
 
-    # It writes its words as one text, up to the first token of the JSON object.
+    # Such a checkpoint writes its words as one text, up to the first token of the JSON object.
     if predictor.supervision is None:
         opening = tokenizer.decode(before_numbers[0][:1])  # {"
         texts = decode_text(state, tokenizer, opening, WORDS_TOKENS)
         descriptions = list(map(read_headings, texts))
 
-    # Ours writes four fields and a block of numbers, in either order.
+    # A model trained by distill.py writes four fields and a block of numbers, in either order.
     for fixed_ids, slot in pieces:
         if slot in FIELDS:
             state.feed(state.mask.new_tensor([fixed_ids] * len(state.mask)))  # (B, n)
@@ -251,7 +251,7 @@ def read_prompt(path: Path) -> dict:
     text = path.read_text(encoding="utf-8-sig").lstrip()
     system, _, prompt = map(str.strip, text.rpartition("\n---\n"))
     try:
-        if text.startswith(("{", "[")):  # an array is refused, since it has no messages
+        if text.startswith(("{", "[")):  # an array has no messages, so it is refused
             messages = json.loads(text.split("\n")[0])["messages"]
             turns = {message["role"]: message["content"] for message in messages}
             system, prompt = turns.get("system"), turns["user"].removeprefix("<image>")
@@ -262,7 +262,7 @@ def read_prompt(path: Path) -> dict:
                          '{"messages": [{"role": "user", "content": "<image>Describe ..."}]}')
     return {"system": system, "prompt": prompt}
 
-# distill.py has a copy of load_base, with other KINDS.
+# distill.py has a copy of load_base, with fewer KINDS.
 def load_base(source: str, dtype: torch.dtype) -> tuple:
     """Loads (model, tokenizer, image processor) of a Qwen-VL from a folder or the hub. Raises
     ValueError if the files cannot be used."""
@@ -307,8 +307,8 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
     predictor.tokenizer, predictor.image_processor = processors
     return predictor
 
-# The settings of a plain LoRA, with their allowed values. Others change the formula below:
-# init_lora_weights = pissa, for example, also changes the base weights.
+# The settings of a plain LoRA, with their allowed values. Other values change the formula below.
+# For example, init_lora_weights = pissa also changes the base weights.
 MUST_BE_UNSET = """bias use_dora use_rslora use_qalora alpha_pattern rank_pattern lora_bias
     modules_to_save alora_invocation_tokens trainable_token_indices target_parameters
     layer_replication fan_in_fan_out""".split()
@@ -441,7 +441,8 @@ def list_images(inputs: list) -> list[Path]:
     return list(dict.fromkeys(map(Path.resolve, images)))
 
 def complete_lines(path: Path) -> list[bytes]:
-    """Returns the lines that an interrupted run left in a file, and cuts off a torn last one."""
+    """Returns the lines that an interrupted run left in a file, which is created if it is missing,
+    and cuts off an incomplete last line."""
     path.touch()
     text = path.read_bytes()
     complete = text[:text.rfind(b"\n") + 1]

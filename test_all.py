@@ -237,7 +237,7 @@ def test_description_of_known_faces(face, expected):
     assert list(annotate.describe({**ZEROS, **face}).values()) == expected
 
 # ---- annotate.py: drawings and files ---------------------------------------------------------------------------------
-LEFT_OUT = "records left out (no face, no values or no prediction)"
+LEFT_OUT = "records skipped (no face, no values or no prediction)"
 
 def read_input(path, *flags) -> tuple[list, Counter]:
     counts = Counter()
