@@ -334,12 +334,13 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
             low = tensors[f"{stem}.lora_A.weight"].float()  # (r, in)
             high = tensors[f"{stem}.lora_B.weight"].float()  # (out, r)
             weight = model.get_parameter(f"{stem}.weight".removeprefix("base_model.model."))
-            update = config["lora_alpha"] / len(low) * high @ low
+            update = config["lora_alpha"] / max(len(low), 1) * high @ low  # (out, in)
             # lm_head and the embeddings may be one weight, so a change to one would change both.
             # Weights of one byte are too coarse to add to.
             may_be_tied = re.search("embed_tokens|lm_head", stem)
-            if update.shape != weight.shape or may_be_tied or weight.element_size() < 2:
-                raise ValueError(f"{stem} fits no weight that may be changed")
+            fits = len(low) > 0 and update.shape == weight.shape
+            if not fits or may_be_tied or weight.element_size() < 2:
+                raise ValueError(f"{stem} is empty or fits no weight that may be changed")
             weight.copy_(weight.float() + update)
     except Exception as error:  # damaged files raise many types
         raise ValueError(f"adapter {folder} (--base sets its base model): {error!s:.200}; if it is "

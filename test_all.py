@@ -997,7 +997,7 @@ def test_adapters_of_another_kind_are_refused_by_their_setting(setting, value, q
 
 @pytest.mark.parametrize("stem, low, high, named", [
     (STEM, None, None, "holds no tensor"), (STEM, (3, 32), None, STEM), (STEM, (3, 31), (32, 3), STEM), (STEM, (3,), (3,), STEM),
-    (STEM, (3, 1), (1, 3), STEM), *((f"base_model.model.{name}", (3, 32), (height, 3), name) for name, height in (
+    (STEM, (3, 1), (1, 3), STEM), (STEM, (0,), (0,), STEM), (STEM, (0, 32), (32, 0), STEM), *((f"base_model.model.{name}", (3, 32), (height, 3), name) for name, height in (
         ("gone", 32), ("lm_head", 263), ("model.language_model.embed_tokens", 263)))])
 def test_adapters_whose_tensors_do_not_fit_are_refused(stem, low, high, named, qwen, tmp_path):
     assert load_qwen(qwen).model.lm_head.weight.shape == (263, 32)
