@@ -417,8 +417,7 @@ def predict(predictor: Namespace, images: list, estimate: str = "mean") -> list[
 # ---- Files and charts ----------------------------------------------------------------------------
 def list_pictures(folder: Path) -> list[Path]:
     """Lists a folder's pictures in natural order (frame2 before frame10), without hidden files."""
-    pictures = [path for path in sorted(folder.iterdir())
-                if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
+    pictures = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in PICTURES]
     return sorted(pictures, key=lambda path: re.sub(
         r"\d+", lambda digits: digits[0].zfill(20), path.name.lower()))
 
