@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache, partial
-from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,17 +51,13 @@ IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # all tha
 EXPECTED = ("give a Live Link Face take (.csv), MediaPipe results (.json) or a .jsonl with one "
             'line of {"image": "a.png", "coefficients": {"jawOpen": 0.1, ... all 52}} per face')
 CELL = 160  # side of a picture on the contact sheet, pixels
-
 # Each coefficient has one of four levels: at rest below 0.15, then slight, from 0.4 moderate and
 # from 0.7 strong. All wording depends only on the levels.
 BANDS = [0.15, 0.4, 0.7]
-ACTIVE = BANDS[0]
 ADVERBS = ["", "slightly", "moderately", "strongly"]
-# The prefix of an emotion, by the level of its strongest action. A moderate emotion has none.
-DEGREES = ["", "slight ", "", "strong "]
+DEGREES = ["", "slight ", "", "strong "]  # prefixes of an emotion, by its strongest action's level
 # What to say about each action, with an adverb in place of *. Here and in EMOTIONS and GESTURES, a
-# key means every name that begins with it: "browDown" is browDownLeft and browDownRight. Two names
-# joined by "/", one per eye, denote a direction of gaze.
+# key means all names that begin with it ("browDown": left and right). A "/" joins one per eye.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp": "outer brow * raised",
               "browDown": "brow * lowered"},
@@ -143,8 +138,7 @@ PROTOTYPES = [(emotion, expand(pattern), {}) for emotion, pattern in EMOTIONS.it
 PROTOTYPES += [("contempt", CONTEMPT[0], CONTEMPT[1]), ("contempt", CONTEMPT[1], CONTEMPT[0])]
 
 def movements(levels: dict) -> str:
-    """Says which actions move and how strongly, in one sentence per region. A pair whose sides are
-    at the same level gets one phrase, any other pair one phrase per side that moves."""
+    """Says which actions move and how strongly, in one sentence per region."""
     sentences = []
     for region, actions in MOVEMENTS.items():
         phrases = []
@@ -176,10 +170,8 @@ def symmetry(levels: dict) -> str:
         elif any(differences):
             side = "left" if max(differences) > 0 else "right"
             uneven.append(f"the {side} side of the {region.lower()}")
-
-    asymmetries = [f"stronger on {', '.join(uneven)}"] if uneven else []
-    asymmetries += [f"mixed in the {', '.join(mixed)}"] if mixed else []
-    return "; ".join(asymmetries) or "symmetric"
+    found = ("stronger on ", uneven), ("mixed in the ", mixed)
+    return "; ".join(how + ", ".join(where) for how, where in found if where) or "symmetric"
 
 def classify(levels: dict) -> tuple[str, str]:
     """Returns the expression category and what it implies. Compares the levels of the EXPRESSIVE
@@ -187,21 +179,19 @@ def classify(levels: dict) -> tuple[str, str]:
     length = math.hypot(*[levels[name] for name in EXPRESSIVE])
     if length == 0:
         return "neutral", "not clearly observable"
-    cosines, strongest = {}, {}
+    scores = []
     for emotion, pattern, at_rest in PROTOTYPES:
         if not any(levels[name] for name in at_rest):
             product = sum(levels[name] * weight for name, weight in pattern.items())
-            cosines[emotion] = product / (length * math.hypot(*pattern.values()))
-            strongest[emotion] = max(levels[name] for name in pattern)
-
+            cosine = product / (length * math.hypot(*pattern.values()))
+            scores.append((cosine, emotion, max(levels[name] for name in pattern)))
     # Keep the best emotion. If the second is nearly as good, name both, without a degree.
-    first, second = sorted(cosines, key=cosines.get, reverse=True)[:2]
-    if cosines[first] < 0.5:
+    (best, first, level), (next_best, second, _) = sorted(scores, reverse=True)[:2]
+    if best < 0.5:
         return "movement without a clear emotion", "not clearly observable"
-    if cosines[second] > 0.9 * cosines[first]:
-        return (f"{first} mixed with {second}",
-                f"{IMPLICATIONS[first]}, with {IMPLICATIONS[second]}")
-    return DEGREES[strongest[first]] + first, IMPLICATIONS[first]
+    if next_best > 0.9 * best:
+        return f"{first} mixed with {second}", f"{IMPLICATIONS[first]}, with {IMPLICATIONS[second]}"
+    return DEGREES[level] + first, IMPLICATIONS[first]
 
 def describe(coefficients: dict) -> dict:
     """Describes a face in four fields, given its 52 coefficients (name -> 0..1). All fields come
@@ -215,43 +205,34 @@ LLM_PROMPT = """You are an expert in facial anatomy. Describe a face, given its 
 blendshape coefficients (0 to 1). Left and right are the subject's. Answer with one JSON object of
 four short texts: "expression_category" (the expression and its degree), "muscle_movements" (by
 region, with their intensity), "emotional_implication" (the emotion that they suggest) and
-"symmetry" (whether both sides of the face move alike). Active coefficients: """
+"symmetry" (whether both sides of the face move alike). Active coefficients ({} at rest): """
 
 def make_chat(face: dict) -> list[dict]:
     """Returns the chat that asks for the description of a face (name -> 0..1)."""
-    active = [f"{name} {value:.2f}" for name, value in face.items() if value >= ACTIVE]
-    content = LLM_PROMPT + (", ".join(active) or "none, the face is at rest")
-    return [{"role": "user", "content": content}]
+    active = {name: round(value, 2) for name, value in face.items() if value >= BANDS[0]}
+    return [{"role": "user", "content": f"{LLM_PROMPT}{active}"}]
 
 def read_answer(text: str) -> dict | None:
     """Returns the four fields of a chat model's answer, or None if one is missing."""
-    try:
-        words = json.loads(re.search(r"\{.*\}", text, re.DOTALL)[0])
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not valid
+        words = json.loads(re.search(r"(?s)\{.*\}", text)[0])
         words = {field: " ".join(words[field].split()) for field in FIELDS}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not such a JSON
-        return None
-    return words if all(words.values()) else None
+        if all(words.values()):
+            return words
 
-def describe_by_llm(faces: list[dict], args: argparse.Namespace) -> Iterator[tuple]:
-    """Yields the description of each face (name -> 0..1) and who wrote it. Where the model's answer
-    is not valid, the rules step in."""
+def describe_by_llm(faces: list[dict], args: argparse.Namespace) -> Iterator[dict | None]:
+    """Yields the model's description of each face, or None where its answer is not valid."""
     from transformers import pipeline  # only needed here
     chat_model = pipeline("text-generation", args.llm, device=args.device)
     tokenizer = chat_model.tokenizer
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    # Given a generator, the pipeline yields each batch of answers before it starts the next.
+    for answer in chat_model((make_chat(face) for face in faces), batch_size=args.batch_size,
+                             tokenizer_encode_kwargs={"enable_thinking": False},
+                             return_full_text=False, do_sample=False, max_new_tokens=400):
+        yield read_answer(answer[0]["generated_text"])
 
-    # The pipeline takes one batch of chats at a time from the generator, so each batch of answers
-    # is written before the next one begins.
-    answers = chat_model((make_chat(face) for face in faces), batch_size=args.batch_size,
-                         tokenizer_encode_kwargs={"enable_thinking": False},
-                         return_full_text=False, do_sample=False, max_new_tokens=400)
-    fallback = f"rules, since {args.llm} gave no valid answer"
-    for face, answer in zip(faces, answers):
-        words = read_answer(answer[0]["generated_text"])
-        yield (words, args.llm) if words else (describe(face), fallback)
-
-# ---- Files ---------------------------------------------------------------------------------------
-# infer.py has copies of list_pictures and complete_lines.
+# ---- Files (infer.py has copies of list_pictures and complete_lines) -----------------------------
 def list_pictures(folder: Path) -> list[Path]:
     """Lists a folder's pictures in natural order (frame2 before frame10), without hidden files."""
     pictures = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in PICTURES]
@@ -288,7 +269,7 @@ def standardize(pairs: list[tuple], counts: Counter) -> dict:
     if "tongueOut" not in values:  # MediaPipe and others do not track it
         values["tongueOut"] = 0.0
         counts["records without tongueOut, set to 0"] += 1
-    different = ", ".join(sorted(set(values) ^ set(ARKIT_NAMES)))
+    different = ", ".join(sorted(values.keys() ^ ARKIT_NAMES))
     if different:
         raise ValueError(f"{different:.60} missing or unknown; expected the 52 ARKit names")
     return {name: values[name] for name in ARKIT_NAMES}
@@ -301,8 +282,8 @@ def read_items(path: Path) -> list[tuple]:
     if path.suffix.lower() == ".csv":
         rows = csv.reader(lines)
         header = next(rows)
-        return [(f"line {rows.line_num}", list(zip_longest(header, row, fillvalue="")))
-                for row in rows if row]
+        blanks = [""] * len(header)  # for a row that is cut
+        return [(f"line {rows.line_num}", list(zip(header, row + blanks))) for row in rows if row]
     if path.suffix.lower() == ".json":
         text = text.replace('"face_blendshapes"', '"faceBlendshapes"')  # MediaPipe's Python names
         results = json.loads(text.replace('"category_name"', '"categoryName"'))
@@ -311,19 +292,16 @@ def read_items(path: Path) -> list[tuple]:
     return [(f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 def read_row(cells: list[tuple]) -> list[tuple]:
-    """Returns the (name, value) pairs of a take's row, given its (column, cell) pairs. A row
-    without a face has empty cells and yields no pairs."""
-    pairs = [(name, to_number(cell)) for name, cell in cells if canonical(name) in ARKIT_NAMES]
+    """Returns the (name, value) pairs of a take's row, or none if all its cells are empty."""
+    pairs = []
+    for name, cell in cells:
+        if canonical(name) in ARKIT_NAMES:
+            with suppress(ValueError):  # standardize() refuses a cell that is not a number
+                cell = float(cell)
+            pairs.append((name, cell))
     if not pairs:
         raise ValueError("no column such as EyeBlinkLeft found")
     return pairs if any(value != "" for _, value in pairs) else []
-
-def to_number(cell: str) -> float | str:
-    """Returns the number in a cell or, if there is none, its text, which standardize() refuses."""
-    try:
-        return float(cell)
-    except ValueError:
-        return cell.strip()
 
 def read_result(result: dict | list, counts: Counter) -> list[tuple]:
     """Returns the (name, score) pairs of the first face in a MediaPipe result, which is
@@ -331,9 +309,8 @@ def read_result(result: dict | list, counts: Counter) -> list[tuple]:
     faces = result["faceBlendshapes"] if isinstance(result, dict) else [result]
     if len(faces) > 1:
         counts["results with several faces, the first was taken"] += 1
-    categories = faces[0] if faces else []
-    if isinstance(categories, dict):
-        categories = categories["categories"]
+    face = faces[0] if faces else []
+    categories = face["categories"] if isinstance(face, dict) else face
     return [(category["categoryName"], category["score"]) for category in categories
             if category["categoryName"] != "_neutral"]
 
@@ -346,13 +323,13 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> dict:
         items = read_items(path)
         for index, (place, item) in list(enumerate(items))[::args.every]:
             record = {"image": None, "identity": path.stem}
-            if path.suffix.lower() == ".csv":
-                pairs = read_row(item)
-            elif path.suffix.lower() == ".json":
-                pairs = read_result(item, counts)
-            else:
+            if isinstance(item, str):
                 record = {"image": None, **json.loads(item)}
                 pairs = (record["coefficients"] or {}).items()
+            elif path.suffix.lower() == ".csv":
+                pairs = read_row(item)
+            else:
+                pairs = read_result(item, counts)
             if not pairs:
                 counts["records skipped (no face, no values or no prediction)"] += 1
                 continue
@@ -360,8 +337,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> dict:
             if args.identity:
                 record["identity"] = args.identity
             if record["image"]:
-                # write_records() makes this path relative. With a symlink in it, ".." would lead to
-                # the wrong folder.
+                # write_records() makes it relative, and ".." after a symlink would lead elsewhere.
                 record["image"] = os.path.realpath(path.parent / record["image"])
             records[index] = record
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
@@ -371,8 +347,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> dict:
     if args.frames:
         frames = list_pictures(Path(args.frames))
         if len(frames) != len(items):
-            raise ValueError(f"--frames {args.frames} holds {len(frames)} pictures for the "
-                             f"{len(items)} rows of {path}; expected one per row")
+            raise ValueError(f"--frames holds {len(frames)} pictures for the {len(items)} rows")
         for index, record in records.items():
             record["image"] = os.path.realpath(frames[index])
     return records
@@ -384,33 +359,32 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
     # Until it is complete, the file has a checksum of faces and model in its name, so that --resume
     # never picks up a different run.
     checksum = zlib.crc32(json.dumps([args.llm, records]).encode())
-    unfinished = path.with_name(f"{path.name}.{checksum:08x}")
+    unfinished = Path(f"{path}.{checksum}")
     done = len(complete_lines(unfinished)) if args.resume else 0
-    faces = [record["coefficients"] for record in records[done:]]
-    by_rules = ((describe(face), "rules") for face in faces)
-    descriptions = describe_by_llm(faces, args) if args.llm else by_rules
-
-    bar = tqdm(zip(records[done:], descriptions), path.name, len(faces), disable=None)
+    records = records[done:]
+    faces = [record["coefficients"] for record in records]
+    answers = describe_by_llm(faces, args) if args.llm else [None] * len(faces)
+    annotators = Counter(["an earlier run"] * done)
     with unfinished.open("a" if done else "w", buffering=1) as file:
-        for record, (description, annotator) in bar:
-            record = {**record, "description": description, "annotator": annotator}
+        for record, words in tqdm(zip(records, answers), path.name, len(faces), disable=None):
+            annotator = args.llm if words else "rules"
+            annotators[annotator] += 1
+            words = words or describe(record["coefficients"])
+            record = {**record, "description": words, "annotator": annotator}
             if record["image"]:
                 record["image"] = Path(os.path.relpath(record["image"], folder)).as_posix()
             file.write(json.dumps(record) + "\n")
     unfinished.replace(path)
-    # The file also holds what an interrupted run has described.
-    annotators = Counter(json.loads(line)["annotator"] for line in path.open("rb"))
-    print(f"wrote {path}: {len(records)} records, described by {dict(annotators)}")
+    print(f"wrote {path}, records by annotator: {dict(annotators)}")
 
 def draw_sheet(path: str, records: dict) -> None:
     """Draws a contact sheet of 24 records, spread evenly. Each picture is next to a face drawn from
     its coefficients, with its index and, if any, its expression category below."""
-    items = list(records.items())
-    chosen = np.linspace(0, len(items) - 1, min(24, len(items))).round().astype(int)
+    positions = np.linspace(0, len(records) - 1, min(24, len(records))).round().astype(int)
+    chosen = np.array(list(records))[positions].tolist()
     sheet = Image.new("RGB", (4 * 330, math.ceil(len(chosen) / 4) * 190), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, (index, record) in enumerate([items[position] for position in chosen]):
-        left, top = 330 * (place % 4), 190 * (place // 4)
+    for place, index in enumerate(chosen):
+        record, left, top = records[index], 330 * (place % 4), 190 * (place // 4)
         face = draw_face(record["coefficients"], record.get("identity", "id000"), CELL)
         sheet.paste(face, (left + CELL, top))
         with suppress(Exception):  # many types: a missing or damaged picture leaves its cell empty
@@ -420,7 +394,7 @@ def draw_sheet(path: str, records: dict) -> None:
         text = f" {index}  "
         with suppress(KeyError, TypeError):  # a record without a description
             text += record["description"]["expression_category"]
-        draw.text((left, top + CELL + 3), text[:46], "black", font_size=13)
+        ImageDraw.Draw(sheet).text((left, top + CELL + 3), text[:46], "black", font_size=13)
     sheet.save(path)
     print(f"wrote {path}: {len(chosen)} of {len(records)} records")
 
@@ -428,23 +402,20 @@ def draw_sheet(path: str, records: dict) -> None:
 DARK, WHITE, RED = (40, 25, 25), (250, 250, 245), (205, 80, 80)
 CAVITY, TONGUE, GROOVE = (70, 15, 20), (225, 105, 120), (151, 73, 82)
 SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
-# Two drawing styles: one for training, and one only for testing, which has other colours, line
-# widths (`line` times as wide) and proportions. Each proportion is sampled from its range.
+# A style for training and one only for testing. `line` scales line widths; proportions are ranges.
 STYLES = {
-    "cartoon": {
-        "line": 1.0, "outline": 0.0, "irises": ["#50321a", "#32643c", "#3c6eaa", "#64646e"],
-        "skins": ["#fadcc4", "#f0c8aa", "#deb08c", "#be8c68", "#96684a", "#704c36"],
-        "hairs": ["#1e1816", "#462e1e", "#78502c", "#c49650", "#963c1e", "#969696"],
-        "proportions": {"fringe": (-0.75, -0.6), "width": (0.68, 0.80), "height": (0.76, 0.84),
-                        "eye": (0.9, 1.15), "gap": (0.31, 0.37), "brow": (0.05, 0.09),
-                        "nose": (0.85, 1.2), "mouth": (0.24, 0.31)}},
-    "comic": {
-        "line": 1.5, "outline": 0.04, "irises": ["#961e28", "#783c96", "#147878", "#c8961e"],
-        "skins": ["#f4e878", "#c8e696", "#96d2d2", "#96aae6", "#c896dc", "#f0aabe"],
-        "hairs": ["#143c78", "#aa285a", "#1e6e46", "#6e2882", "#e67814", "#f5f5f5"],
-        "proportions": {"fringe": (-0.62, -0.5), "width": (0.80, 0.90), "height": (0.70, 0.76),
-                        "eye": (1.15, 1.3), "gap": (0.36, 0.41), "brow": (0.03, 0.05),
-                        "nose": (0.6, 0.85), "mouth": (0.31, 0.36)}}}
+    "cartoon": {"line": 1.0, "outline": 0.0, "irises": ["#50321a", "#32643c", "#3c6eaa", "#64646e"],
+                "skins": ["#fadcc4", "#f0c8aa", "#deb08c", "#be8c68", "#96684a", "#704c36"],
+                "hairs": ["#1e1816", "#462e1e", "#78502c", "#c49650", "#963c1e", "#969696"],
+                "proportions": {"fringe": (-0.75, -0.6), "width": (0.68, 0.80),
+                                "height": (0.76, 0.84), "eye": (0.9, 1.15), "gap": (0.31, 0.37),
+                                "brow": (0.05, 0.09), "nose": (0.85, 1.2), "mouth": (0.24, 0.31)}},
+    "comic": {"line": 1.5, "outline": 0.04, "irises": ["#961e28", "#783c96", "#147878", "#c8961e"],
+              "skins": ["#f4e878", "#c8e696", "#96d2d2", "#96aae6", "#c896dc", "#f0aabe"],
+              "hairs": ["#143c78", "#aa285a", "#1e6e46", "#6e2882", "#e67814", "#f5f5f5"],
+              "proportions": {"fringe": (-0.62, -0.5), "width": (0.80, 0.90),
+                              "height": (0.70, 0.76), "eye": (1.15, 1.3), "gap": (0.36, 0.41),
+                              "brow": (0.03, 0.05), "nose": (0.6, 0.85), "mouth": (0.31, 0.36)}}}
 # Skin creases, darker for stronger actions: (x1, x2), (y1, y2) on the left, mirrored on the right.
 CREASES = [
     ("browDown", (0.05, 0.05), (-0.42, -0.26)), ("mouthUpperUp", (0.16, 0.26), (0.22, 0.34)),
@@ -466,21 +437,18 @@ LIPS_LEFT = np.clip(3 * LIPS, 0, 1)
 LIPS_RIGHT = LIPS_LEFT[::-1]
 LID = np.arange(-6, 7) / 6  # points from one corner of an eye to the other, (13,)
 LID_ARCH = 1 - LID ** 2
-# The brow's inner end, middle and outer end: their positions at rest, and how far browDown,
-# browInnerUp and browOuterUp move them (down is positive).
+# The brow's inner end, middle and outer end, and how browDown, browInnerUp, browOuterUp move them.
 BROW_X, BROW_Y = np.array([-0.19, -0.02, 0.2]), np.array([-0.43, -0.46, -0.41])
 BROW_MOVES = np.array([[0.13, 0.06, 0.02], [-0.17, -0.05, 0], [0, -0.08, -0.19]])
 
 class Pen:
     """Draws in face coordinates, -1 to 1: x points to the subject's left, y points down."""
-
     def __init__(self, size: int, background: tuple, thickness: float):
         side = size * SUPERSAMPLE
         self.half = side / 2
         self.thickness = thickness
         self.canvas = Image.new("RGB", (side, side), background)
         self.draw = ImageDraw.Draw(self.canvas)
-
     def scale(self, x: list, y: list) -> list:
         return (self.half * (1 + np.column_stack([x, y]))).ravel().tolist()
     def polygon(self, x: list, y: list, color: tuple) -> None:
@@ -514,7 +482,6 @@ def draw_head(pen: Pen, f: SimpleNamespace) -> None:
     pen.polygon(x[is_fringe], y[is_fringe], f.hair)
     if f.outline:
         pen.line(x, y, DARK, f.outline)
-
     # A chin that is pushed forward gets larger and brighter. Puffed cheeks get brighter.
     chin_y = f.height - 0.1 + drop
     color = mix(f.skin, WHITE, 0.6 * f.jawForward)
@@ -535,8 +502,7 @@ def draw_mouth(pen: Pen, f: SimpleNamespace) -> None:
     x = shift + LIPS * (width + 0.06 * smile + 0.16 * stretch)
     y = 0.50 + LIPS * LIPS * 0.17 * (frown - smile) + 0.03 * smile * LIPS_ARCH
 
-    # The inner edges of both lips, and how thick the lips are. If mouthClose exceeds jawOpen, the
-    # gap is negative and lifts the lower lip.
+    # The inner edges and thickness of the lips. If mouthClose exceeds jawOpen, the lower lip rises.
     opening = np.sqrt(LIPS_ARCH)
     gap = 0.30 * (f.jawOpen - f.mouthClose) + 0.12 * f.mouthFunnel
     upper = y - opening * (0.13 * raised + 0.3 * max(gap, 0)) - 0.09 * f.mouthShrugUpper * LIPS_ARCH
@@ -548,7 +514,6 @@ def draw_mouth(pen: Pen, f: SimpleNamespace) -> None:
     teeth = np.clip(lower - upper, 0, 0.06)
     for edge, end in ((upper, upper + teeth), (lower, lower - teeth)):
         pen.band(x[2:-2], edge[2:-2], end[2:-2], WHITE)
-
     # The lips, thinner when rolled in, and the tongue over the middle of the lower lip.
     pen.band(x, upper - 0.065 * thick * (1 - 0.95 * f.mouthRollUpper), upper, f.lips)
     pen.band(x, lower, lower + 0.085 * thick * (1 - 0.95 * f.mouthRollLower), f.lips)
@@ -584,8 +549,7 @@ def draw_side(pen: Pen, f: SimpleNamespace, suffix: str, side: int) -> None:
 
     # The cheek: a blush and the fold above it.
     x = eye_x + side * 0.05
-    blush = mix(f.skin, RED, 0.75 * f.cheekSquint)
-    pen.ellipse(x, 0.2 - 0.07 * f.cheekSquint, 0.13, 0.07, blush)
+    pen.ellipse(x, 0.2 - 0.07 * f.cheekSquint, 0.13, 0.07, mix(f.skin, RED, 0.75 * f.cheekSquint))
     y = 0.12 - 0.08 * f.cheekSquint + 0.06 * LID * LID
     pen.line(x + 0.15 * LID, y, shade(0.7 * f.cheekSquint), 0.03)
 
@@ -611,7 +575,7 @@ def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
     f = SimpleNamespace(**coefficients, **STYLES[style])  # f.jawOpen, ..., f.line, ...
     # The order of these lines decides which random number each feature gets.
     skins = list(map(ImageColor.getrgb, f.skins))
-    tone = rng.uniform(0, len(skins) - 1.001)
+    tone = rng.uniform(0, len(skins) - 1.001)  # below the last, so that one follows
     f.skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
     f.lips = mix(f.skin, RED, rng.uniform(0.5, 0.9))
     f.hair = f.hairs[rng.integers(6)]
@@ -619,7 +583,6 @@ def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
     pen = Pen(size, tuple(rng.integers(60, 230, 3).tolist()), f.line)
     for part, ends in f.proportions.items():
         setattr(f, part, rng.uniform(*ends))
-
     draw_head(pen, f)
     draw_mouth(pen, f)
     draw_side(pen, f, "Left", 1)
@@ -639,37 +602,37 @@ GESTURES = [
     {"mouthDimple": 0.8, "mouthPress": 0.5}]
 # Each emotion is twice as likely as each gesture.
 EXPRESSIONS = [expand(pattern) for pattern in 2 * [*EMOTIONS.values(), CONTEMPT[0]] + GESTURES]
-RIGHT_OF = {name: name.replace("Left", "Right") for name in ARKIT_NAMES if name.endswith("Left")}
-MIRRORED = RIGHT_OF | {right: left for left, right in RIGHT_OF.items()}
+SIDE = {name: name.endswith("Left") - name.endswith("Right") for name in ARKIT_NAMES}  # 1, -1, 0
+MIRRORED = {name: name.replace("Left", "Right") for name in ARKIT_NAMES if name.endswith("Left")}
+MIRRORED |= {right: left for left, right in MIRRORED.items()}
 # The actions of both eyes that look to the subject's left, right, up and down.
 GAZE = ["eyeLookOutLeft", "eyeLookInRight", "eyeLookInLeft", "eyeLookOutRight",
         "eyeLookUpLeft", "eyeLookUpRight", "eyeLookDownLeft", "eyeLookDownRight"]
 OPPOSITES = [("jawLeft", "jawRight"), ("mouthLeft", "mouthRight"),
              ("mouthSmileLeft", "mouthFrownLeft"), ("mouthSmileRight", "mouthFrownRight")]
+DEMO_PARTS = [("train", "cartoon", "images"), ("val", "cartoon", "images"),
+              ("shift", "comic", "images_comic")]
 
 def sample_expression(rng: np.random.Generator) -> dict:
     """Samples 52 plausible coefficients: one or two patterns, stray actions, asymmetry and gaze."""
     c = dict.fromkeys(ARKIT_NAMES, 0.0)
     # Two faces in five have a second pattern. For the others its strength is 0.
     for strength in (rng.uniform(0.3, 1.1), rng.uniform(0.2, 0.8) * (rng.random() < 0.4)):
-        pattern = rng.choice(EXPRESSIONS)
-        if rng.random() < 0.5:
-            pattern = {MIRRORED.get(name, name): value for name, value in pattern.items()}
+        pattern, is_mirrored = rng.choice(EXPRESSIONS), rng.random() < 0.5
         for name, value in pattern.items():
+            name = MIRRORED.get(name, name) if is_mirrored else name
             c[name] = max(c[name], value * strength * rng.uniform(0.8, 1.2))
     for name in rng.choice(ARKIT_NAMES, rng.integers(1, 6), replace=False):
         c[name] = max(c[name], rng.uniform(0.2, 1.0))
-
     # One side of the face is stronger than the other, and every action varies a little.
     tilt = rng.normal(0, 0.15)
-    for name in ARKIT_NAMES:
-        side = name.endswith("Left") - name.endswith("Right")  # 1, -1 or 0
+    for name, side in SIDE.items():
         c[name] *= 1 + tilt * side + rng.normal(0, 0.08)
 
     # The two eyes turn together. Closed eyes show no gaze, no widening and no squint.
-    x, y = rng.uniform(-1, 1, 2).tolist() if rng.random() < 0.6 else (0.0, 0.0)
-    for name, amount in zip(GAZE, (x, x, -x, -x, y, y, -y, -y)):
-        c[name] = max(amount, 0.0) * rng.uniform(0.9, 1.1)
+    x, y = (rng.random() < 0.6) * rng.uniform(-1, 1, 2)  # three faces in five look away
+    gaze = np.repeat([x, -x, y, -y], 2).clip(0) * rng.uniform(0.9, 1.1, 8)
+    c |= zip(GAZE, gaze.tolist())
     for name in ARKIT_NAMES:
         if name.startswith(("eyeLook", "eyeWide", "eyeSquint")):
             c[name] *= 1 - c["eyeBlinkLeft" if name.endswith("Left") else "eyeBlinkRight"]
@@ -685,11 +648,9 @@ def make_demo(folder: Path, args: argparse.Namespace) -> None:
     none of them in train.jsonl, and shift.jsonl, the faces of val.jsonl in another style."""
     people = args.demo // 20
     first = 20 * (people - people // 12)  # index of the first held-out face
-    train, held_out = range(first), range(first, args.demo)
-    for part, faces, style, images in (("train", train, "cartoon", "images"),
-                                       ("val", held_out, "cartoon", "images"),
-                                       ("shift", held_out, "comic", "images_comic")):
+    for part, style, images in DEMO_PARTS:
         (folder / images).mkdir(parents=True, exist_ok=True)
+        faces = range(first) if part == "train" else range(first, args.demo)
         records = []
         for index in tqdm(faces, f"drawing {part}", disable=None):
             identity = f"id{args.seed * 10_000 + index // 20:03d}"  # each seed has its own people
@@ -711,11 +672,9 @@ def main(args: argparse.Namespace) -> None:
         print(count, what)
     if not records:
         raise ValueError(f"{path}: no usable record")
-
-    out = args.out or (None if args.sheet else path.with_suffix(".annotated.jsonl"))
-    for output in filter(None, (out, args.sheet)):
-        if os.path.isdir(output) or os.path.realpath(output) == os.path.realpath(path):
-            raise ValueError(f"{output} is a folder, or INPUT, which would be overwritten")
+    out = args.out or ("" if args.sheet else path.with_suffix(".annotated.jsonl"))
+    if os.path.realpath(path) in [os.path.realpath(file) for file in (out, args.sheet) if file]:
+        raise ValueError(f"{path} is INPUT and would be overwritten")
     if args.sheet:
         draw_sheet(args.sheet, records)
     if out:
