@@ -8,14 +8,11 @@ cores. It reaches RMSE 0.091 on people it has never seen (always predicting the 
 Reads:  annotated records (.jsonl) from annotate.py, one JSON object per line
     {"image": "images/000001.png", "identity": "id017", "coefficients": {"eyeBlinkLeft": 0.12, ...},
      "description": {"expression_category": "slight happiness", ...}, "annotator": "rules"}
-Writes: a folder with the model or its LoRA in PEFT's format, run.json (settings, prompt), log.jsonl
-        (losses) and, until the run ends, state.pt for --resume
+Writes: a folder with model or LoRA (PEFT's format), run.json, log.jsonl and, to resume, state.pt
+Shapes: B images, T tokens, P patches, D width, r rank, N supervised tokens.
 
     python distill.py --model Qwen/Qwen3-VL-4B-Instruct --data train.jsonl --out runs/mine
-
-Shapes: B images, T tokens, P patches, D width, r rank, N supervised tokens.
 """
-import argparse
 import json
 import math
 import os
@@ -24,16 +21,15 @@ import subprocess
 import sys
 import time
 import zlib
-from argparse import Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps
@@ -79,20 +75,18 @@ LOSS_LOGITS = 2**27  # logits held in memory at once: 0.5 GB, or 883 tokens of Q
 IGNORE_INDEX = -100  # the label of a token that is not supervised
 PROMPT_TOKEN, ANSWER_TOKEN, WORD_TOKEN = range(3)  # roles: WORD_TOKEN marks the description
 LORA_SCALE = 2  # alpha / r, so PEFT's lora_alpha is twice the rank
-# All linear layers of the language model.
-LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+LORA_TARGETS = r".*language_model.*_proj"  # all linear layers of the language model
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nDefaults: {PRETRAINED}\n  if tiny: {TINY}",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    parser = ArgumentParser(description=f"{__doc__}\nDefaults: {PRETRAINED}\n  if tiny: {TINY}",
+                            formatter_class=RawDescriptionHelpFormatter)
+    add, switch = parser.add_argument, BooleanOptionalAction
     add("--data", default=DEMO, help="annotated records (default %(default)s)")
     add("--val", help="validation records (default: val.jsonl next to --data, if it exists)")
     add("--model", default="tiny", help="tiny, or the hub id or folder of a Qwen-VL (default tiny)")
     add("--out", default="runs/demo", help="run folder (default %(default)s)")
-    add("--supervision", choices=list(ANSWERS), default="semantic",
+    add("--supervision", choices=ANSWERS, default="semantic",
         help="what the model learns to write (default %(default)s, the paper's order)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps")
@@ -110,21 +104,14 @@ def parse_args(argv=None) -> Namespace:
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     # The defaults depend on --model.
-    parser.set_defaults(**PRETRAINED)
-    if parser.parse_args(argv).model == "tiny":
-        parser.set_defaults(**TINY)
+    parser.set_defaults(**(TINY if parser.parse_args(argv).model == "tiny" else PRETRAINED))
     args = parser.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    if args.model == "tiny" and args.lora_rank:
-        parser.error("--lora-rank needs a pretrained --model")
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     return args
 
 # ---- The answer and its supervision --------------------------------------------------------------
-# A training sequence is the prompt below, which is not supervised, an answer and <|im_end|>:
-#   <|im_start|>user
-#   <|vision_start|><|image_pad|>...<|vision_end|>Describe the ... as JSON.<|im_end|>
-#   <|im_start|>assistant
-# The model fills in the <slots> of the answer. Before words, the space is part of the first token.
+# A training sequence is prompt_text(), which is not supervised, then an answer and <|im_end|>. The
+# model fills in the <slots> of the answer. Before words, the space is part of the first token.
 WORDS = """1. **Facial Expression Category**:<expression_category>
 2. **Muscle Movements**:<muscle_movements>
 3. **Emotional Implication**:<emotional_implication>
@@ -133,7 +120,7 @@ NUMBERS = "{" + ", ".join(f'"{name[0].upper()}{name[1:]}": <{name}>' for name in
 ANSWERS = {"semantic": f"{WORDS}\n\n{NUMBERS}",  # the paper's order
            "numbers-first": f"{NUMBERS}\n\n{WORDS}", "numeric": NUMBERS}
 
-# infer.py has copies of the above and of the next three functions, since no script imports another.
+# infer.py has copies of the above, of the next three functions and, with more KINDS, of load_base.
 def answer_skeleton(supervision: str) -> list[tuple]:
     """Returns the answer as (fixed text, slot that follows it) pairs. The last slot is None."""
     *parts, end = re.split("<(.+?)>", ANSWERS[supervision])  # text, slot, text, slot, ..., text
@@ -155,13 +142,11 @@ def open_image(path: str) -> Image.Image:
 
 class FaceDataset:
     """Turns records into batches of pixels, token ids and labels."""
-
     def __init__(self, records: list, tokenizer, image_processor, args: Namespace):
         self.records, self.tokenizer, self.image_processor = records, tokenizer, image_processor
         self.skeleton = answer_skeleton(args.supervision)
         self.replaces_words = args.replace_words and args.supervision == "semantic"
-        # Most texts recur in every answer, and tokenising them again would slow the demo.
-        self.encode_text = lru_cache(10_000)(partial(tokenizer.encode, add_special_tokens=False))
+        self.encode_text = lru_cache(10_000)(tokenizer.encode)  # most texts recur in every answer
         # Despite their names, these are areas in pixels. The smaller one is that of an image token.
         token_side = image_processor.patch_size * image_processor.merge_size
         self.size = {"shortest_edge": token_side ** 2, "longest_edge": args.max_pixels}
@@ -170,24 +155,20 @@ class FaceDataset:
         """Encodes prompt and answer. Returns the id and the role of each token (T, 2)."""
         texts = [(prompt_text(PROMPT, image_tokens), PROMPT_TOKEN)]
         for fixed_text, slot in self.skeleton:
-            texts.append((fixed_text, ANSWER_TOKEN))
+            texts += [(fixed_text, ANSWER_TOKEN)]
             if slot in FIELDS:
-                texts.append((" " + record["description"][slot], WORD_TOKEN))
-            elif slot:
-                value = f"{record['coefficients'][slot]:z.1f}"  # z writes -0.0 as 0.0
-                texts.append((value, ANSWER_TOKEN))
-        texts.append((self.tokenizer.eos_token, ANSWER_TOKEN))
+                texts += [(" " + record["description"][slot], WORD_TOKEN)]
+            elif slot:  # z writes -0.0 as 0.0
+                texts += [(f"{record['coefficients'][slot]:z.1f}", ANSWER_TOKEN)]
+        texts += [(self.tokenizer.eos_token, ANSWER_TOKEN)]
 
-        # Each text is tokenised alone, as in infer.py. Plain lists, since torch operations in the
-        # loader threads would compete with the training for cores.
-        tokens = []
-        for text, role in texts:
+        tokens = []  # a list, since torch operations here would take cores from the training
+        for text, role in texts:  # each is tokenised alone, as in infer.py
             tokens += [(token, role) for token in self.encode_text(text)]
         return torch.tensor(tokens)  # (T, 2)
 
     def example(self, index: int) -> tuple:
-        """Returns pixel_values (P, .), image_grid_thw (1, 3) and tokens (T, 2) of the record at
-        `index` or, if its picture is damaged, of the next readable one."""
+        """Returns patches (P, .), grid (1, 3), tokens (T, 2) of this or the next usable record."""
         for record in self.records[index:] + self.records[:index]:
             try:
                 image = open_image(record["image"])
@@ -201,21 +182,18 @@ class FaceDataset:
         raise ValueError("none of the pictures can be used; see the reasons above")
 
     def batch(self, indices: list, seed: int | None = None) -> dict:
-        """Collates examples: patches are concatenated, tokens are padded on the right. Training
-        passes the `seed` for replace_words, which only the tiny model uses."""
+        """Collates examples. `seed` is for replace_words, so only training batches have one."""
         patches, grids, tokens = zip(*map(self.example, indices))
-        # Both are padded with 0, the role of the prompt, so padding has no loss.
+        # Both are padded on the right with 0, the role of the prompt, so padding has no loss.
         ids, roles = nn.utils.rnn.pad_sequence(tokens, batch_first=True).unbind(-1)  # (B, T) each
         labels = ids.where(roles != PROMPT_TOKEN, IGNORE_INDEX)  # (B, T)
         if self.replaces_words and seed is not None:
-            rng = torch.Generator().manual_seed(seed)
-            ids = replace_words(ids, roles == WORD_TOKEN, rng)
+            ids = replace_words(ids, roles == WORD_TOKEN, torch.Generator().manual_seed(seed))
         return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.cat(grids),
                 "input_ids": ids, "labels": labels}
 
 def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator:
-    """Yields the training batches from number `first` on. Threads read ahead: processes would need
-    shared memory, and containers often have too little of it."""
+    """Yields batches from number `first` on. Threads, which need no shared memory, read ahead."""
     order = batch_order(len(dataset.records), args)
     with ThreadPoolExecutor(LOADERS) as pool:
         futures = (pool.submit(dataset.batch, order[number], hash((args.seed, number, args.rank)))
@@ -228,7 +206,6 @@ def load_batches(dataset: FaceDataset, args: Namespace, first: int) -> Iterator:
 # ---- LoRA ----------------------------------------------------------------------------------------
 class LoraLinear(nn.Module):
     """y = W x + (alpha / r) B A x (LoRA, arXiv 2106.09685, Eq. 3), where W is frozen."""
-
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
         self.base = base
@@ -236,27 +213,22 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in PEFT
 
-    def forward(self, x: Tensor) -> Tensor:
-        # (B, T, in) to (B, T, out), through (B, T, r)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, in) to (B, T, out), through (B, T, r)
         return self.base(x) + LORA_SCALE * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 # ---- Loss and loop -------------------------------------------------------------------------------
 def answer_loss(model: nn.Module, batch: dict) -> Tensor:
     """Returns the cross-entropy in nats, summed over the N supervised tokens of a batch."""
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    labels = inputs.pop("labels")[:, 1:]  # (B, T-1), position t predicts token t + 1
     # mm_token_type_ids marks the image tokens, which get positions with rows and columns (M-RoPE).
     # No attention mask is needed: padding is on the right, where a causal model does not look.
-    is_image = batch["input_ids"] == model.config.image_token_id  # (B, T)
-    hidden = model.model(
-        input_ids=batch["input_ids"], pixel_values=batch["pixel_values"],
-        image_grid_thw=batch["image_grid_thw"], mm_token_type_ids=is_image.long(), use_cache=False,
-    ).last_hidden_state  # (B, T, D)
-    labels = batch["labels"][:, 1:]  # position t predicts token t + 1
-    supervised = labels != IGNORE_INDEX  # (B, T-1)
-    hidden, labels = hidden[:, :-1][supervised], labels[supervised]  # (N, D), (N,)
+    is_image = inputs["input_ids"] == model.config.image_token_id  # (B, T)
+    output = model.model(**inputs, mm_token_type_ids=is_image.long(), use_cache=False)
+    is_answer = labels != IGNORE_INDEX  # (B, T-1)
+    hidden, labels = output.last_hidden_state[:, :-1][is_answer], labels[is_answer]  # (N, D), (N,)
 
-    # All logits at once would take too much memory. They are computed chunk by chunk, and again in
-    # the backward pass.
+    # All logits at once would need too much memory. Those of a chunk are recomputed in backward().
     def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = model.lm_head(hidden).float()  # (chunk, vocabulary)
         return F.cross_entropy(logits, labels, reduction="sum")
@@ -281,24 +253,22 @@ def batch_order(count: int, args: Namespace) -> list:
 
 def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset,
           args: Namespace) -> None:
-    """Trains from step `args.start` on, with saving, validation and logging. main() adds start,
-    rank, world_size and samples_per_step to the arguments of the command line."""
+    """Trains from step args.done on. main() also adds rank, world_size and samples_per_step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    batches = load_batches(dataset, args, args.start * args.grad_accum)
+    batches = load_batches(dataset, args, args.done * args.grad_accum)
     began, losses = time.time(), []
 
-    for step in tqdm(range(args.start, args.steps), disable=True if args.rank else None):
-        # Count the supervised tokens of this step over all passes and processes. Each loss is
-        # divided by that count, and losses and gradients are summed, never averaged. So several
-        # passes or GPUs give the same gradient as one large batch.
+    for step in tqdm(range(args.done, args.steps), disable=True if args.rank else None):
+        # Each loss is divided by the number of supervised tokens over all passes and processes.
+        # Summed, the gradients are then those of one large batch.
         passes = list(islice(batches, args.grad_accum))
         count = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in passes).to(model.device)
         if args.world_size > 1:
-            dist.all_reduce(count)
+            torch.distributed.all_reduce(count)
 
         # Forward and backward.
-        loss = torch.zeros_like(count, dtype=torch.float32)
+        loss = 0.0
         for batch in passes:
             with autocast:
                 part = answer_loss(model, batch) / count
@@ -308,7 +278,7 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
         # Sum over processes, clip, and step.
         if args.world_size > 1:
             for tensor in (loss, *(p.grad for p in trained)):
-                dist.all_reduce(tensor)
+                torch.distributed.all_reduce(tensor)
         losses.append(loss.item())
         nn.utils.clip_grad_norm_(trained, 1.0)
         lr = args.lr * lr_scale(step, args.steps)
@@ -318,24 +288,23 @@ def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: Fac
             optimizer.zero_grad()
 
         # Save first, so that a failure below loses nothing. Then validate and log.
-        done = step + 1
-        if args.rank == 0 and (done % SAVE_STEPS == 0 or done == args.steps):
-            save_state(model, optimizers, done, args)
-            seconds = (time.time() - began) / len(losses)
-            line = {"step": done, "loss": sum(losses) / len(losses), "lr": lr,
-                    "samples/s": args.samples_per_step / seconds}
+        args.done += 1
+        if args.rank == 0 and (args.done % SAVE_STEPS == 0 or args.done == args.steps):
+            save_state(model, optimizers, args)
+            line = {"step": args.done, "loss": sum(losses) / len(losses), "lr": lr,
+                    "samples/s": len(losses) * args.samples_per_step / (time.time() - began)}
             if val_set.records:
                 with autocast:
                     line["val_loss"] = validate(model, val_set, args)
             with Path(args.out, "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
+                print(json.dumps(line), file=log)
             tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items()), sys.stdout)
             began, losses = time.time(), []
 
 @torch.no_grad()
 def validate(model: nn.Module, val_set: FaceDataset, args: Namespace) -> float:
     """Returns the teacher-forced cross-entropy in nats per token, which only monitors the run."""
-    nats, count = 0.0, 0
+    nats = count = 0
     for indices in torch.arange(len(val_set.records)).split(args.batch_size):
         batch = val_set.batch(indices.tolist())
         nats += answer_loss(model, batch)
@@ -350,21 +319,19 @@ def write(path: Path, save, *args) -> None:
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors raise
         raise OSError(f"{path} could not be written (is the disk full?): {error}")
 
-def save_state(model: nn.Module, optimizers: list, step: int, args: Namespace) -> None:
+def save_state(model: nn.Module, optimizers: list, args: Namespace) -> None:
     """Writes state.pt under a temporary name and renames it, so that it is always complete."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state = {"args": vars(args), "step": step, "model": trained,
-             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"args": vars(args), "model": trained, "optimizers": optimizer_states}
     path = Path(args.out, "state.partial")
     write(path, torch.save, state, path)
     path.replace(path.with_suffix(".pt"))
 
 def save_checkpoint(model: nn.Module, processors: list, args: Namespace) -> None:
-    """Writes what infer.py loads: a LoRA in PEFT's format, or the model. run.json comes last and
-    marks the run as finished."""
+    """Writes a LoRA in PEFT's format, or the model. run.json marks the run as finished."""
     out = Path(args.out)
     if args.lora_rank:
-        # base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight, ...
         weights = {f"base_model.model.{name}.weight": p
                    for name, p in model.named_parameters() if p.requires_grad}
         write(out, save_file, weights, out / "adapter_model.safetensors", {"format": "pt"})
@@ -381,8 +348,7 @@ def save_checkpoint(model: nn.Module, processors: list, args: Namespace) -> None
 
 # ---- Records, a pretrained model -----------------------------------------------------------------
 def clean_record(record: dict, folder: Path) -> dict:
-    """Returns a record with the path of its picture and each text of its description on one line.
-    Raises ValueError if it cannot be trained on."""
+    """Returns a record with the path of its picture and one-line texts, or raises ValueError."""
     image = folder / record["image"]
     if not image.is_file():
         raise ValueError(f"there is no picture {image}")
@@ -403,13 +369,11 @@ def read_records(path: Path) -> list:
             if line.strip():
                 records.append(clean_record(json.loads(line), path.parent))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: {error!s:.200}; expected image, the 52 ARKit "
-                             "coefficients (0 to 1) and description, as written by annotate.py")
+            raise ValueError(f"{path}, line {number}: {error!s:.200}; expected an annotated record")
     if not records:
         raise ValueError(f"{path} is empty; create records with annotate.py")
     return records
 
-# infer.py has a copy of load_base, with more KINDS.
 def load_base(source: str, dtype: torch.dtype) -> tuple:
     """Loads (model, tokenizer, image processor) of a Qwen-VL from a folder or the hub. Raises
     ValueError if the files cannot be used."""
@@ -441,18 +405,17 @@ def load_pretrained(args: Namespace) -> tuple:
                 model.set_submodule(path, LoraLinear(module, args.lora_rank))
     if args.checkpointing:
         model.activation_checkpointing_enable()
-        # Otherwise Qwen2.5-VL would backpropagate through its frozen vision encoder: the call above
-        # makes embedding outputs require gradients, which only reentrant checkpoints need.
+        # The call above makes the inputs of layers require gradients, with which Qwen2.5-VL would
+        # backpropagate through its frozen vision encoder.
         model.disable_input_require_grads()
-    if args.compile and args.device.startswith("cuda"):
+    if args.compile and args.device != "cpu":
         torch._dynamo.config.suppress_errors = True  # without a C compiler, warn and continue
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=True)  # one graph serves all layers and all lengths
     return model, *processors
 
 # ---- The demo's tiny model: skip if you use a pretrained one -------------------------------------
-# It starts from random weights, so it gets its own tokenizer, an optimizer that needs fewer steps
-# than AdamW, and training answers with some wrong words.
+# It starts from random weights, with its own tokenizer, optimizer and partly random input words.
 MUON_ROWS = 96  # rows per block, see Muon; divides the rows of every matrix of the tiny model
 # Qwen-VL's special tokens and the config fields that hold their ids.
 SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id",
@@ -460,8 +423,7 @@ SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "visio
 # The library's initializer_range of 0.02 is meant for widths in the thousands.
 TINY_TEXT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "head_dim": 24,
              "num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.08,
-             "tie_word_embeddings": True, "bos_token_id": None, "rope_parameters": {
-                 "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 4, 4]}}
+             "rope_parameters": {"rope_theta": 10_000.0, "mrope_section": [4, 4, 4]}}
 TINY_VISION = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4,
                "patch_size": 8, "initializer_range": 0.04, "out_hidden_size": 96,
                "num_position_embeddings": 64, "deepstack_visual_indexes": [1]}
@@ -469,9 +431,7 @@ TINY_PIXELS = {"patch_size": 8, "merge_size": 2, "image_mean": [0.5] * 3, "image
 
 def build_tokenizer(records: list) -> PreTrainedTokenizerFast:
     """Builds a byte-level tokenizer with Qwen-VL's special tokens. To keep answers short, each
-    fixed text, value and frequent phrase is one token (superwords, arXiv 2503.13423). A phrase
-    begins with the comma or space before it: " Jaw: jaw strongly opened, jaw slightly shifted
-    left." is " Jaw:", " jaw strongly opened", ", jaw slightly shifted left" and "."."""
+    fixed text, value and frequent phrase is one token (superwords, arXiv 2503.13423)."""
     ids = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bpe = Tokenizer(models.BPE(vocab=ids, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -479,15 +439,15 @@ def build_tokenizer(records: list) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", *SPECIAL])
-
-    phrases = Counter()  # such as ", jaw slightly shifted left" and " Jaw:"
+    # A phrase begins with the comma or space before it: " Jaw:" or ", jaw slightly shifted left".
+    phrases = Counter()
     for record in records:
         for text in record["description"].values():
             phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", " " + text))
     pieces = [PROMPT, "user\n", "assistant\n", *VALUES]
     pieces += [phrase for phrase, _ in phrases.most_common(1000)]
-    for supervision in ANSWERS:
-        pieces += [fixed_text for fixed_text, _ in answer_skeleton(supervision)]
+    for answer in ANSWERS.values():
+        pieces += re.split("<.+?>", answer)  # its fixed texts
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     return tokenizer
 
@@ -499,16 +459,13 @@ def build_tiny(records: list) -> tuple:
                    "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
         text_config=text_config, vision_config=TINY_VISION, tie_word_embeddings=True, **ids))
-    # Position embeddings start about as large as those of the patches.
-    nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)
+    nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)  # as large as patches are
     return model, tokenizer, Qwen2VLImageProcessorPil(**TINY_PIXELS)
 
 def replace_words(input_ids: Tensor, is_word: Tensor, rng: torch.Generator) -> Tensor:
     """Replaces word tokens (B, T) with random ones of the batch, at a rate from U(0, 1) per face.
-
     The labels keep the true words. If the words before the numbers were always true, the model
-    would learn the numbers from them and not from the picture.
-    """
+    would learn the numbers from them and not from the picture."""
     if len(input_ids) == 1:  # one face has no other words to offer
         return input_ids
     words = input_ids[is_word]  # (words,)
@@ -518,13 +475,10 @@ def replace_words(input_ids: Tensor, is_word: Tensor, rng: torch.Generator) -> T
     return torch.where(is_replaced, others, input_ids)
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalized updates, scaled to the size of AdamW's (arXiv 2502.16982).
-
-    Each weight is cut into blocks of MUON_ROWS rows, which is cheaper (arXiv 2510.16981). Five
+    """Momentum with orthogonalized updates, scaled to the size of AdamW's (arXiv 2502.16982). Each
+    weight is cut into blocks of MUON_ROWS rows, which is cheaper (arXiv 2510.16981). Five
     Newton-Schulz steps approximate U V^T, where U S V^T is the singular value decomposition of a
-    block. torch.optim.Muon does this in bfloat16, which is slow on many CPUs.
-    """
-
+    block. torch.optim.Muon does this in bfloat16, which is slow on many CPUs."""
     @torch.no_grad()
     def step(self) -> None:
         group = self.param_groups[0]
@@ -532,14 +486,12 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
             update = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
-            x = update.reshape(-1, MUON_ROWS, p[0].numel())  # (blocks, MUON_ROWS, in)
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            x = F.normalize(update.reshape(-1, MUON_ROWS, p[0].numel()), dim=(1, 2), eps=1e-7)
             for _ in range(5):  # 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
                 gram = x @ x.mT  # (blocks, MUON_ROWS, MUON_ROWS)
                 factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 x = torch.baddbmm(x, factor, x, beta=3.4445)  # (blocks, MUON_ROWS, in)
-            # This scale gives orthonormal rows a root mean square of 0.2, like AdamW's updates.
-            scale = 0.2 * math.sqrt(x.shape[-1])
+            scale = 0.2 * math.sqrt(x.shape[-1])  # for a root mean square of 0.2, as AdamW's
             p.mul_(1 - group["lr"] * ADAMW["weight_decay"])
             p.sub_(x.view_as(p), alpha=group["lr"] * scale)
 
@@ -555,28 +507,25 @@ def tiny_optimizers(model: nn.Module) -> list:
 def main(args: Namespace) -> None:
     """Prepares data and model, trains, and writes the checkpoint."""
     # A new run or, with --resume, an unfinished one with its own settings.
-    out, state, args.start = Path(args.out), None, 0
+    out, state, args.done = Path(args.out), None, 0
     if args.resume:
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        vars(args).update(state["args"], out=args.out, device=args.device, start=state["step"])
-        if not hasattr(args, "answer"):  # a run of the first edition, which wrote answers as JSON
+        state = torch.load(out / "state.pt", map_location="cpu")
+        vars(args).update(state["args"], out=args.out, device=args.device)
+        if "answer" not in args:  # a run of the first edition, which wrote answers as JSON
             raise ValueError(f"{out} was trained with another answer form; train again")
     else:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
-            raise ValueError(f"--out {out} holds a run or other files; choose another folder, "
-                             "delete this one or, if the run is unfinished, add --resume")
+            raise ValueError(f"{out} holds a run or other files; choose another --out or --resume")
 
     # The processes of torchrun. The first one draws the demo if it is missing.
-    args.rank = int(os.environ.get("RANK", 0))
-    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    args.rank, args.world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
     if args.data == DEMO and args.rank == 0 and not os.path.isfile(DEMO):
         subprocess.run([sys.executable, Path(__file__).with_name("annotate.py")])
     if args.world_size > 1:
-        dist.init_process_group()  # the other processes wait here for the demo
-    transformers.utils.logging.disable_progress_bar()
+        torch.distributed.init_process_group()  # the other processes wait here for the demo
 
     # Records. A resumed run must see the same ones.
     data = Path(args.data)
@@ -593,6 +542,7 @@ def main(args: Namespace) -> None:
     # Model and optimizers. AdamW skips frozen weights, which have no gradient.
     torch.manual_seed(args.seed)
     if args.model == "tiny":
+        args.lora_rank = 0  # LoRA is for pretrained weights
         model, *processors = build_tiny(records)
         optimizers = tiny_optimizers(model)
     else:
@@ -605,12 +555,10 @@ def main(args: Namespace) -> None:
             optimizer.load_state_dict(saved)
 
     # Train and write. A description of the run is added to its settings.
-    vars(args).update(
-        answer="headings", prompt=PROMPT, checksum=checksum,  # infer.py checks the form of answers
-        faces=len(records), validation_faces=len(val_records),
-        people=len({record.get("identity", record["image"]) for record in records}),
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        torch=str(torch.__version__), transformers=transformers.__version__)
+    args.people = len({record.get("identity", record["image"]) for record in records})
+    args.trained_parameters = model.num_parameters(only_trainable=True)
+    vars(args).update(answer="headings", prompt=PROMPT, checksum=checksum, faces=len(records),
+                      torch=str(torch.__version__), transformers=transformers.__version__)
     if args.rank == 0:
         print("settings:", vars(args), flush=True)
     began = time.time()
@@ -618,9 +566,8 @@ def main(args: Namespace) -> None:
     train(model, optimizers, dataset, val_set, args)
     if args.rank == 0:
         save_checkpoint(model, processors, args)
-        minutes, gigabytes = (time.time() - began) / 60, torch.cuda.max_memory_allocated() / 2**30
-        print(f"wrote {out} after {minutes:.1f} minutes, peak GPU memory {gigabytes:.1f} GiB\n"
-              f"next: python infer.py --model {out} [PICTURES; default: the demo's]")
+        print(f"wrote {out} after {(time.time() - began) / 60:.1f} minutes, peak GPU MiB: "
+              f"{torch.cuda.max_memory_allocated() // 2**20}\nnext: python infer.py --model {out}")
 
 if __name__ == "__main__":
     arguments = parse_args()
@@ -630,5 +577,4 @@ if __name__ == "__main__":
         sys.exit(str(error).partition("\n")[0][:400])
     except KeyboardInterrupt:
         is_saved = Path(arguments.out, "state.pt").is_file()
-        advice = f"continue with --out {arguments.out} --resume" if is_saved else "run it again"
-        sys.exit(f"interrupted; {advice}")
+        sys.exit(f"interrupted; {'add --resume to continue' if is_saved else 'run it again'}")

@@ -681,7 +681,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(kind, demo, qwen, tmp_pa
     if kind == "lora":
         flags += ["--model", qwen, "--lora-rank", 2, "--lr", 0.02]
     data, run = unfinished_run(demo, tmp_path, monkeypatch, *flags)
-    assert torch.load(run / "state.pt")["step"] == 2 and not (run / "run.json").exists()
+    assert torch.load(run / "state.pt")["args"]["done"] == 2 and not (run / "run.json").exists()
     flags += ["--data", data, "--val", data, "--batch-size", 2, "--out"]
     run_main(distill, *flags, tmp_path / "complete")
     assert_refused("holds a run", distill, *flags, run)
