@@ -240,8 +240,7 @@ def list_pictures(folder: Path) -> list[Path]:
         r"\d+", lambda digits: digits[0].zfill(20), path.name.lower()))
 
 def complete_lines(path: Path) -> list[bytes]:
-    """Returns the lines that an interrupted run left in a file, which is created if it is missing,
-    and cuts off an incomplete last line."""
+    """Creates a file if it is missing, cuts off an incomplete last line, and returns the others."""
     path.touch()
     text = path.read_bytes()
     complete = text[:text.rfind(b"\n") + 1]
@@ -583,6 +582,7 @@ def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
     pen = Pen(size, tuple(rng.integers(60, 230, 3).tolist()), f.line)
     for part, ends in f.proportions.items():
         setattr(f, part, rng.uniform(*ends))
+
     draw_head(pen, f)
     draw_mouth(pen, f)
     draw_side(pen, f, "Left", 1)

@@ -15,27 +15,24 @@ Writes: prediction records, one JSON object per line. An unusable picture has an
 
 Shapes: B images, T tokens so far, n new tokens, D width, C = 52 coefficients, L tokens per number.
 """
-import argparse
 import json
 import os
 import re
 import sys
 import textwrap
 import zlib
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import logging
 
 # The 52 ARKit names in the column order of Live Link Face. Every script repeats this block.
 ARKIT_NAMES = """
@@ -50,8 +47,7 @@ ARKIT_NAMES = """
     cheekSquintRight noseSneerLeft noseSneerRight tongueOut""".split()
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
 VALUES = [f"{k / 10:.1f}" for k in range(11)]  # each coefficient is written with one decimal
-# Model types whose cache can be cropped, see State.drop(). Not qwen3_5: its layers are recurrent.
-KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]  # their cache can be cropped
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # all that Pillow may try
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 # The columns of a Live Link Face take. The last nine, which are angles, are not predicted.
@@ -59,30 +55,28 @@ COLUMNS = ["Timecode", "BlendshapeCount", *(name[0].upper() + name[1:] for name 
            "HeadYaw", "HeadPitch", "HeadRoll", "LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll",
            "RightEyeYaw", "RightEyePitch", "RightEyeRoll"]
 FIELD_TOKENS = 150  # maximum length of a field
-# For a checkpoint that was trained elsewhere: maximum length of its text, and area of a picture.
-WORDS_TOKENS, MAX_PIXELS = 600, 1024 * 32 * 32
+WORDS_TOKENS, MAX_PIXELS = 600, 1024 * 32 * 32  # limits for a checkpoint trained elsewhere
 
 def parse_args(argv=None) -> Namespace:
     """Parses `argv`, by default the command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", default=["data/demo/val.jsonl"],
         help="pictures, folders of them or .jsonl records (default: the demo's held-out faces)")
     add("--model", default="runs/demo", help="checkpoint, adapter or hub id (default %(default)s)")
     add("--base", help="base model of an adapter, if the one in its config is not on this machine")
-    add("--prompt", help="prompt of a checkpoint trained elsewhere: a .jsonl whose first record "
-        "has messages, or a text file (first a system prompt and a line ---, if it needs one)")
+    add("--prompt", help="for a model trained elsewhere: a .jsonl with messages, or a text file "
+        "(first a system prompt and a line ---, if the model needs one, then the prompt)")
     add("--out", default="predictions.jsonl", help="prediction records (default %(default)s)")
     add("--csv", help="also write a Live Link Face take with a row per usable picture")
     add("--fps", type=int, default=60, help="frames per second of the take (default %(default)s)")
     add("--plot", help="also draw a chart of each picture into this folder")
-    add("--estimate", choices=["mean", "mode"], default="mean",
-        help="value to report: the mean, or the mode, the greedy choice (default %(default)s)")
+    add("--estimate", choices=["mean", "mode"], default="mean", help="mode is the greedy choice")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")
     add("--batch-size", type=int, default=32, help="pictures per batch (default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    gpu = "cuda:" + os.getenv("LOCAL_RANK", "0")  # torchrun sets the variable for each process
+    add("--device", default=gpu if torch.cuda.is_available() else "cpu", help="such as cpu or cuda")
     return parser.parse_args(argv)
 
 # ---- Forced decoding -----------------------------------------------------------------------------
@@ -107,34 +101,25 @@ class State:
         """Feeds the prompts (B, T) with their images."""
         self.model, self.cache = model, DynamicCache()
         self.mask = inputs["attention_mask"]  # (B, T), 0 where a token is padding
-        output = model.model(**inputs, past_key_values=self.cache, use_cache=True)
+        output = model.model(**inputs, past_key_values=self.cache)
         self.last = output.last_hidden_state[:, -1:]  # (B, 1, D)
-        # An image uses fewer positions than it has tokens. rope_deltas is the difference.
-        self.offset = model.model.rope_deltas  # (B, 1)
 
     def feed(self, ids: Tensor, mask: Tensor | int = 1) -> Tensor:
         """Appends tokens (B, n), padding where `mask` is 0. Returns hidden states (B, n, D)."""
         self.mask = torch.cat([self.mask, mask * torch.ones_like(ids)], dim=1)  # (B, T)
-        positions = self.mask.cumsum(dim=1)[:, -ids.shape[1]:] - 1 + self.offset  # (B, n)
+        # An image uses fewer positions than it has tokens: rope_deltas (B, 1) is the difference.
+        positions = self.mask.cumsum(dim=1) - 1 + self.model.model.rope_deltas  # (B, T)
         hidden = self.model.model(
-            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
-            position_ids=positions.expand(3, -1, -1),  # text has the same on all three axes
-        ).last_hidden_state  # (B, n, D)
+            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache,
+            position_ids=positions[:, -ids.shape[1]:].expand(3, -1, -1)).last_hidden_state
         self.last = hidden[:, -1:]
         return hidden
 
-    def drop(self, count: int) -> None:
-        """Removes the last `count` tokens, to feed others in their place."""
-        self.cache.crop(-count)
-        self.mask = self.mask[:, :-count]
-
 def decode_text(state: State, tokenizer, stop: str, limit: int) -> list[str]:
-    """Decodes one text per answer, greedily, one token per step for all answers.
-
-    A text ends at the end token, at a token that contains `stop`, or after `limit` tokens. The
-    token that ends it is not fed back, but the part before `stop` belongs to the text.
-    """
-    ending = re.compile(f"{re.escape(stop)}|{re.escape(tokenizer.eos_token)}")
+    """Decodes one text per answer, greedily, one token per step for all answers. A text ends at the
+    end token, at a token that contains `stop`, or after `limit` tokens. The token that ends it is
+    not fed back, but the part before `stop` belongs to the text."""
+    ending = re.compile("|".join(map(re.escape, [stop, tokenizer.eos_token])))
     is_open, columns = torch.ones_like(state.mask[:, :1]), []  # (B, 1)
     for _ in range(limit):
         ids = state.model.lm_head(state.last).argmax(dim=-1)  # (B, 1)
@@ -157,16 +142,14 @@ def decode_numbers(state: State, fixed_texts: list, value_ids: Tensor) -> tuple:
         feed 0.2, 0.5, 0.0 -> it chooses 0.2, 0.5, 0.1
         feed 0.2, 0.5, 0.1 -> it chooses the same again, so this is the greedy answer
 
-    A choice is final if all tokens fed before it are. So each pass makes at least one more token
-    final, and the loop ends. `fixed_texts` are the token ids of the text before each number,
-    `value_ids` (11, L) those of VALUES. Returns distributions (B, C, 11) and greedy choices (B, C).
-    """
+    A choice is final if all tokens before it are. So each pass makes at least one more final, and
+    the loop ends. `fixed_texts` are the token ids of the text before each number, `value_ids`
+    (11, L) those of VALUES. Returns distributions (B, C, 11) and greedy choices (B, C)."""
     # The tokens of the block, with 0.0 as the first guess of each number.
     block, starts = [], []
     for fixed_ids in fixed_texts:
-        block += fixed_ids
-        starts.append(len(block))
-        block += value_ids[0].tolist()
+        starts.append(len(block) + len(fixed_ids))
+        block += [*fixed_ids, *value_ids[0].tolist()]
     places = torch.tensor(starts)[:, None] + torch.arange(value_ids.shape[1])  # (C, L)
     tokens = value_ids.new_tensor([block] * len(state.mask))  # (B, n)
 
@@ -174,38 +157,36 @@ def decode_numbers(state: State, fixed_texts: list, value_ids: Tensor) -> tuple:
     while True:
         predicting = hidden[:, places - 1]  # (B, C, L, D): position t - 1 predicts token t
         probabilities, choice = read_numbers(state.model.lm_head.weight, predicting, value_ids)
-        chosen = value_ids[choice]  # (B, C, L)
-        is_changed = (chosen != tokens[:, places]).any(dim=(0, 2)).tolist()  # (C,), in any answer
-        if not any(is_changed):
+        fed = tokens.clone()
+        tokens[:, places] = value_ids[choice]  # (B, C, L)
+        if torch.equal(tokens, fed):
             return probabilities, choice
 
-        # Feed again from the first number that has changed.
-        tokens[:, places] = chosen
-        start = starts[is_changed.index(True)]
-        state.drop(len(block) - start)
+        # Take back everything from the first token that changed in any answer, and feed it again.
+        start = (tokens != fed).any(dim=0).tolist().index(True)
+        state.cache.crop(start - len(block))
+        state.mask = state.mask[:, :start - len(block)]
         hidden[:, start:] = state.feed(tokens[:, start:])
 
 def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     """Returns distributions (B, C, 11) and greedy choices (B, C), given lm_head's matrix and the
     hidden states (B, C, L, D) that predict the tokens of each number."""
-    first, last = hidden[:, :, 0], hidden[:, :, -1]  # (B, C, D), predict first and last token
+    last = hidden[:, :, -1]  # (B, C, D), predicts the last token of each number
     if value_ids.shape[1] == 1:  # the tiny model has one token per number
-        scores = F.linear(last, weight[value_ids[:, 0]]).float()  # (B, C, 11)
+        scores = (last @ weight[value_ids[:, 0]].T).float()  # (B, C, 11)
         return scores.softmax(dim=-1), scores.argmax(dim=-1)
 
     # Others split digits: "0" or "1", then ".", then the tenths. After "1." only "0" is allowed.
-    units = F.linear(first, weight[value_ids[[0, 10], 0]]).float()  # (B, C, 2)
-    tenths = F.linear(last, weight[value_ids[:10, -1]]).float()  # (B, C, 10)
+    units = (hidden[:, :, 0] @ weight[value_ids[[0, 10], 0]].T).float()  # (B, C, 2)
+    tenths = (last @ weight[value_ids[:10, -1]].T).float()  # (B, C, 10)
     is_one = units.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
 
     # The tenths after "0." are unknown where "1" is chosen, since "1" was fed. There, all of "0"
     # counts as 0.9: if "0" has 0.3 and "1" has 0.7, then 0.9 gets 0.3 and 1.0 gets 0.7.
+    tenths[is_one, 9] = 1e9  # leaves a probability of 0 to all others
     zero, one = units.softmax(dim=-1).split(1, dim=-1)  # (B, C, 1) each
-    tenths = tenths.softmax(dim=-1)
-    tenths[is_one] = 0
-    tenths[is_one, 9] = 1
-    return torch.cat([zero * tenths, one], dim=-1), choice
+    return torch.cat([zero * tenths.softmax(dim=-1), one], dim=-1), choice
 
 @torch.inference_mode()
 def decode_answers(predictor: Namespace, inputs: dict) -> tuple:
@@ -215,22 +196,20 @@ def decode_answers(predictor: Namespace, inputs: dict) -> tuple:
     value_ids = state.mask.new_tensor(tokenizer(VALUES)["input_ids"])  # (11, L)
     # For a checkpoint trained elsewhere, only the form of the numbers is known.
     skeleton = answer_skeleton(predictor.supervision or "numeric")
-    pieces = [(tokenizer.encode(text), slot) for text, slot in skeleton]
-    before_numbers = [fixed_ids for fixed_ids, slot in pieces if slot in ARKIT_NAMES]
+    before_numbers = [tokenizer.encode(text) for text, slot in skeleton if slot in ARKIT_NAMES]
 
     # Such a checkpoint writes its words as one text, up to the first token of the JSON object.
     if predictor.supervision is None:
-        opening = tokenizer.decode(before_numbers[0][:1])  # {"
-        texts = decode_text(state, tokenizer, opening, WORDS_TOKENS)
-        descriptions = list(map(read_headings, texts))
+        brace = tokenizer.decode(before_numbers[0][:1])  # {"
+        descriptions = list(map(read_headings, decode_text(state, tokenizer, brace, WORDS_TOKENS)))
 
     # A model trained by distill.py writes four fields and a block of numbers, in either order.
-    for fixed_ids, slot in pieces:
+    for text, slot in skeleton:
         if slot in FIELDS:
-            state.feed(state.mask.new_tensor([fixed_ids] * len(state.mask)))  # (B, n)
+            state.feed(state.mask.new_tensor([tokenizer.encode(text)] * len(descriptions)))
             texts = decode_text(state, tokenizer, "\n", FIELD_TOKENS)
-            for description, text in zip(descriptions, texts):
-                description[slot] = text
+            for description, words in zip(descriptions, texts):
+                description[slot] = words
         elif slot == ARKIT_NAMES[0]:  # all 52 are decoded here, and the others skipped
             probabilities, choice = decode_numbers(state, before_numbers, value_ids)
     return probabilities, choice, descriptions
@@ -239,30 +218,28 @@ def read_headings(text: str) -> dict | None:
     """Reads the four fields from a text with four numbered headings, such as "1. **Category**: joy"
     or "**1. Category**" with the text below. Returns None if one is missing."""
     text = re.sub(r"\*\*|```\w*", "", text)
-    sections = re.split(r"(?m)^\W*[1-4][.)]", text)[1:]  # \W* matches, for example, "### "
-    if len(sections) != len(FIELDS):
-        return None
-    bodies = [re.split("[:\n]", section, maxsplit=1)[-1].split() for section in sections]
-    return {field: " ".join(words) for field, words in zip(FIELDS, bodies)}
+    heading = r"(?m)^\W*[1-4][.)][^:\n]*[:\n]"  # \W* matches, for example, "### "
+    bodies = [" ".join(body.split()) for body in re.split(heading, text)[1:]]
+    return dict(zip(FIELDS, bodies)) if len(bodies) == len(FIELDS) else None
 
 # ---- Loading a checkpoint ------------------------------------------------------------------------
-def read_prompt(path: Path) -> dict:
-    """Reads {"system", "prompt"} from a text file, or from the first record of a .jsonl."""
+def read_prompt(path: Path) -> tuple:
+    """Reads (system, prompt) from a text file, or from the first record of a .jsonl."""
     text = path.read_text(encoding="utf-8-sig").lstrip()
     system, _, prompt = map(str.strip, text.rpartition("\n---\n"))
     try:
         if text.startswith(("{", "[")):  # an array has no messages, so it is refused
-            messages = json.loads(text.split("\n")[0])["messages"]
-            turns = {message["role"]: message["content"] for message in messages}
+            turns = {turn["role"]: turn["content"]
+                     for turn in json.loads(text.split("\n")[0])["messages"]}
             system, prompt = turns.get("system"), turns["user"].removeprefix("<image>")
         if not prompt or "<image>" in prompt:
             raise ValueError("the prompt is empty or contains <image> other than at its start")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # JSON of another form raises many types
         raise ValueError(f"--prompt {path}: {error!s:.100}; expected a text file, or a .jsonl with "
                          '{"messages": [{"role": "user", "content": "<image>Describe ..."}]}')
-    return {"system": system, "prompt": prompt}
+    return system, prompt
 
-# distill.py has a copy of load_base, with fewer KINDS.
+# distill.py has copies of load_base (with fewer KINDS), open_image and prompt_text.
 def load_base(source: str, dtype: torch.dtype) -> tuple:
     """Loads (model, tokenizer, image processor) of a Qwen-VL from a folder or the hub. Raises
     ValueError if the files cannot be used."""
@@ -289,26 +266,22 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
     folder = Path(model_dir)
     predictor = Namespace(supervision=None, max_pixels=MAX_PIXELS, system=None)
     if (folder / "run.json").is_file():
-        vars(predictor).update(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        vars(predictor).update(json.loads((folder / "run.json").read_bytes()))
         if "answer" not in predictor:  # a run of the first edition, which wrote answers as JSON
             raise ValueError(f"{folder} was trained with another answer form; train again")
     elif not prompt_file:
-        raise ValueError(f"--model {folder} holds no finished run; train one with python distill.py"
-                         ", or give the --prompt of a model that was trained elsewhere")
+        raise ValueError(f"{folder} holds no run of distill.py, and any other model needs --prompt")
     if prompt_file:
-        vars(predictor).update(read_prompt(Path(prompt_file)))
+        predictor.system, predictor.prompt = read_prompt(Path(prompt_file))
 
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    if (folder / "adapter_config.json").is_file():
-        model, *processors = load_adapter(folder, base, dtype)
-    else:
-        model, *processors = load_base(model_dir, dtype)
-    predictor.model = model.to(device).eval()
-    predictor.tokenizer, predictor.image_processor = processors
+    is_adapter = (folder / "adapter_config.json").is_file()
+    parts = load_adapter(folder, base, dtype) if is_adapter else load_base(model_dir, dtype)
+    predictor.model, predictor.tokenizer, predictor.image_processor = parts
+    predictor.model.to(device)
     return predictor
 
-# The settings of a plain LoRA, with their allowed values. Other values change the formula below.
-# For example, init_lora_weights = pissa also changes the base weights.
+# The settings of a plain LoRA. Others change the formula below or, like pissa, the base weights.
 MUST_BE_UNSET = """bias use_dora use_rslora use_qalora alpha_pattern rank_pattern lora_bias
     modules_to_save alora_invocation_tokens trainable_token_indices target_parameters
     layer_replication fan_in_fan_out""".split()
@@ -321,34 +294,32 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
     2106.09685, Eq. 3). Raises ValueError unless the adapter is plain LoRA and every tensor fits,
     since anything else would silently give wrong results."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "adapter_config.json").read_bytes())
         for name, plain in PLAIN_LORA.items():
             if config.get(name) not in plain:
-                raise ValueError(f"{name} = {config.get(name)!s:.40}")
+                raise ValueError(f"{name} = {config.get(name)}")
 
         model, *processors = load_base(base or config["base_model_name_or_path"], dtype)
         tensors = load_file(folder / "adapter_model.safetensors")
         if not tensors:
             raise ValueError("it holds no tensor")
-        for stem in sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in tensors}):
+        for stem in {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in tensors}:
             low = tensors[f"{stem}.lora_A.weight"].float()  # (r, in)
             high = tensors[f"{stem}.lora_B.weight"].float()  # (out, r)
             weight = model.get_parameter(f"{stem}.weight".removeprefix("base_model.model."))
-            update = config["lora_alpha"] / max(len(low), 1) * high @ low  # (out, in)
-            # lm_head and the embeddings may be one weight, so a change to one would change both.
-            # Weights of one byte are too coarse to add to.
+            update = config["lora_alpha"] / config["r"] * high @ low  # (out, in)
+            fits = [len(low), *update.shape] == [config["r"], *weight.shape]
+            # lm_head may share its weight with embed_tokens. One byte is too coarse to add to.
             may_be_tied = re.search("embed_tokens|lm_head", stem)
-            fits = len(low) > 0 and update.shape == weight.shape
             if not fits or may_be_tied or weight.element_size() < 2:
-                raise ValueError(f"{stem} is empty or fits no weight that may be changed")
-            weight.copy_(weight.float() + update)
+                raise ValueError(f"{stem} fits no weight that may be changed")
+            weight += update  # computed in float32
     except Exception as error:  # damaged files raise many types
         raise ValueError(f"adapter {folder} (--base sets its base model): {error!s:.200}; if it is "
                          "not plain LoRA, merge it with peft and give the merged model as --model")
     return model, *processors
 
 # ---- Pictures -> predictions ---------------------------------------------------------------------
-# distill.py has copies of open_image and prompt_text, annotate.py of list_pictures.
 def open_image(path: str) -> Image.Image:
     """Opens a picture upright and in RGB: 16-bit grey is scaled, transparency becomes white."""
     image = ImageOps.exif_transpose(Image.open(path, formats=IMAGE_FORMATS))
@@ -364,28 +335,27 @@ def prompt_text(prompt: str, image_tokens: int) -> str:
     return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 def prepare(predictor: Namespace, pixels: list) -> dict:
-    """Builds model inputs for B pictures. Prompts (B, T) are padded on the left, so that answers
-    start together."""
-    grid = torch.cat([one["image_grid_thw"] for one in pixels])  # (B, 3)
+    """Builds model inputs for B pictures. Prompts (B, T) are padded on the left."""
+    grid = torch.cat([one.image_grid_thw for one in pixels])  # (B, 3)
     counts = grid.prod(dim=1) // predictor.image_processor.merge_size ** 2  # (B,) image tokens
     system = f"<|im_start|>system\n{predictor.system}<|im_end|>\n" if predictor.system else ""
     texts = [system + prompt_text(predictor.prompt, count) for count in counts.tolist()]
     inputs = predictor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt",
                                  return_token_type_ids=False)
     # Without mm_token_type_ids, image tokens would silently get the positions of text.
-    is_image = inputs["input_ids"] == predictor.model.config.image_token_id
-    inputs["mm_token_type_ids"] = is_image.long()
-    inputs["pixel_values"] = torch.cat([one["pixel_values"] for one in pixels])  # (patches, .)
-    inputs["image_grid_thw"] = grid
+    is_image = inputs.input_ids == predictor.model.config.image_token_id
+    inputs.update(mm_token_type_ids=is_image.long(), image_grid_thw=grid,
+                  pixel_values=torch.cat([one.pixel_values for one in pixels]))  # (patches, .)
     return dict(inputs.to(predictor.model.device))
 
 def predict(predictor: Namespace, images: list, estimate: str = "mean") -> list[dict]:
     """Returns the prediction records of one batch of images, in order. Images are paths or upright
     PIL pictures. An unusable picture gets a record with "error" and null coefficients."""
     processor = predictor.image_processor
-    token_side = processor.patch_size * processor.merge_size  # pixels
-    size = {"shortest_edge": token_side ** 2, "longest_edge": predictor.max_pixels}  # areas
-    records, pixels = [], []
+    # Both limits are areas in pixels. The smallest picture is one token.
+    size = {"shortest_edge": (processor.patch_size * processor.merge_size) ** 2,
+            "longest_edge": predictor.max_pixels}
+    records, usable, pixels = [], [], []
     for source in images:
         record = dict.fromkeys(["image", "coefficients", "std", "description", "error"])
         records.append(record)
@@ -394,9 +364,10 @@ def predict(predictor: Namespace, images: list, estimate: str = "mean") -> list[
                 record["image"] = str(source)
                 source = open_image(source)
             pixels.append(processor([source], size=size, return_tensors="pt"))
+            usable.append(record)
         except Exception as error:  # Pillow raises many types on damaged files
-            record["error"] = f"{type(error).__name__}: {error}"
-    if not pixels:
+            record["error"] = repr(error)
+    if not usable:
         return records
 
     # Mean and standard deviation of each distribution.
@@ -405,13 +376,11 @@ def predict(predictor: Namespace, images: list, estimate: str = "mean") -> list[
     mean = probabilities.double() @ values  # (B, C)
     std = (probabilities.double() @ values ** 2 - mean ** 2).clamp(min=0).sqrt()
     estimates = mean if estimate == "mean" else values[choice]
-    numbers = torch.stack([estimates, std], dim=1).round(decimals=4).tolist()  # (B, 2, C)
 
-    usable = [record for record in records if not record["error"]]
-    for record, (row, stds), words in zip(usable, numbers, descriptions):
-        record["coefficients"] = dict(zip(ARKIT_NAMES, row))
-        record["std"] = dict(zip(ARKIT_NAMES, stds))
-        record["description"] = words or None
+    for record, numbers, stds, words in zip(usable, estimates.round(decimals=4).tolist(),
+                                            std.round(decimals=4).tolist(), descriptions):
+        record.update(coefficients=dict(zip(ARKIT_NAMES, numbers)),
+                      std=dict(zip(ARKIT_NAMES, stds)), description=words or None)
     return records
 
 # ---- Files and charts ----------------------------------------------------------------------------
@@ -434,22 +403,21 @@ def list_images(inputs: list) -> list[Path]:
                 try:
                     if line.strip():
                         images.append(path.parent / json.loads(line)["image"])
-                except (ValueError, KeyError, TypeError) as error:
+                except Exception as error:
                     raise ValueError(f"{path}, line {number}: {error}; expected an image record")
     if not any(map(Path.is_file, images)):
         raise ValueError(f"no pictures in {inputs!s:.200}; expected pictures, folders or .jsonl")
     return list(dict.fromkeys(map(Path.resolve, images)))
 
 def complete_lines(path: Path) -> list[bytes]:
-    """Returns the lines that an interrupted run left in a file, which is created if it is missing,
-    and cuts off an incomplete last line."""
+    """Creates a file if it is missing, cuts off an incomplete last line, and returns the others."""
     path.touch()
     text = path.read_bytes()
     complete = text[:text.rfind(b"\n") + 1]
     os.truncate(path, len(complete))
     return complete.splitlines()
 
-def predict_all(predictor: Namespace, images: list[Path], args: Namespace) -> list[dict]:
+def predict_all(predictor: Namespace, images: list, args: Namespace) -> list:
     """Predicts pictures, writes the records to --out and returns them. Under torchrun each process
     predicts a share, and only the first one writes --out and returns records."""
     # Each process appends to its own part. A checksum of settings and pictures is in its name, so
@@ -457,20 +425,19 @@ def predict_all(predictor: Namespace, images: list[Path], args: Namespace) -> li
     rank, world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     settings = [args.model, args.base, args.prompt, args.estimate, world_size, images]
     checksum = zlib.crc32(repr(settings).encode())
-    parts = [Path(f"{args.out}.{checksum:08x}.{k}") for k in range(world_size)]
+    out = Path(args.out)
+    parts = [Path(f"{out}.{checksum:08x}.{k}") for k in range(world_size)]
     share = np.array_split(images, world_size)[rank]
     done = len(complete_lines(parts[rank])) if args.resume else 0
 
-    # Predict. A picture is named by its path relative to the folder of --out. list_images() has
-    # resolved symlinks, with which ".." would lead to the wrong folder.
-    folder = Path(args.out).parent.resolve()
+    # A picture is named by its path relative to the folder of --out. list_images() has resolved
+    # symlinks, with which ".." would lead to the wrong folder.
+    folder = out.parent.resolve()
     with parts[rank].open("a" if done else "w") as file:
         for start in tqdm(range(done, len(share), args.batch_size), disable=rank > 0):
-            batch = share[start:start + args.batch_size]
-            for record in predict(predictor, batch, args.estimate):
+            for record in predict(predictor, share[start:start + args.batch_size], args.estimate):
                 record["image"] = os.path.relpath(record["image"], folder).replace(os.sep, "/")
-                file.write(json.dumps(record) + "\n")
-            file.flush()
+                print(json.dumps(record), file=file, flush=True)
 
     # The first process waits for the others and joins the parts.
     if world_size > 1:
@@ -478,45 +445,45 @@ def predict_all(predictor: Namespace, images: list[Path], args: Namespace) -> li
         torch.distributed.barrier()
     if rank:
         return []
-    text = b"".join(part.read_bytes() for part in parts)
-    Path(args.out).write_bytes(text)
+    text = b"".join(map(Path.read_bytes, parts))
+    out.write_bytes(text)
     for part in parts:
         part.unlink()
-    return [json.loads(line) for line in text.splitlines()]
+    return list(map(json.loads, text.splitlines()))
 
-def write_livelink(path: Path, records: list[dict], fps: int) -> None:
+def write_livelink(path: Path, records: list, fps: int) -> None:
     """Writes a Live Link Face take: 61 values per row, and no row for an unusable picture. The
     timecode HH:MM:SS:FF.mmm counts sixtieths of a second in FF, whatever `fps` is."""
-    rows = [COLUMNS]
-    for k, record in enumerate(records):
-        if not record["error"]:
+    with path.open("w") as file:
+        print(*COLUMNS, sep=",", file=file)
+        for k, record in enumerate(records):
+            if record["error"]:
+                continue
             # A second has 60,000 ticks, which are thousandths of a sixtieth.
             seconds, ticks = divmod(round(60_000 * k / fps), 60_000)
             clock = str(timedelta(seconds=seconds)).zfill(8)  # 00:00:00
-            clock += f":{ticks // 1000:02d}.{ticks % 1000:03d}"
+            clock += ":{:02d}.{:03d}".format(*divmod(ticks, 1000))
             values = [*record["coefficients"].values(), *[0] * 9]
-            rows.append([clock, "61", *(f"{value:.10f}" for value in values)])
-    path.write_text("".join(",".join(row) + "\n" for row in rows))
+            print(clock, 61, *map("{:.10f}".format, values), sep=",", file=file)
 
 def draw_chart(picture: Image.Image, record: dict) -> Image.Image:
-    """Draws the photo, the description, and a bar with its standard deviation for each of the 24
-    strongest actions."""
+    """Draws photo, description, and bars with standard deviations of the 24 strongest actions."""
     chart = Image.new("RGB", (1200, 1080), "white")
-    draw, font = ImageDraw.Draw(chart), ImageFont.load_default(16)
+    draw = ImageDraw.Draw(chart)
+    draw.font = ImageFont.load_default(16)
 
     # Left: the photo, with the words below it.
-    chart.paste(ImageOps.pad(picture, (500, 360), color="white"), (40, 40))
+    chart.paste(ImageOps.contain(picture, (500, 360)), (40, 40))
     words = (record["description"] or {}).values()
-    paragraphs = "\n\n".join(textwrap.fill(text, 62) for text in words)
-    draw.text((40, 420), paragraphs, "black", font)
+    draw.text((40, 420), "\n\n".join(textwrap.fill(text, 62) for text in words), "black")
 
     # Right: the bars, 240 pixels long for 1.
     coefficients = record["coefficients"]
     strongest = sorted(coefficients, key=coefficients.get, reverse=True)
     for y, name in zip(range(60, 1044, 41), strongest):
         end, std = 880 + 240 * coefficients[name], 240 * record["std"][name]
-        draw.text((580, y), f"{coefficients[name]:.2f}  {name}", "black", font, anchor="lm")
-        draw.rectangle([880, y - 8, end, y + 8], "#0072b2")
+        draw.text((580, y), f"{coefficients[name]:.2f}  {name}", "black", anchor="lm")
+        draw.line([880, y, end, y], "#0072b2", 17)
         draw.line([end - std, y, end + std, y], "black", 2)
     return chart
 
@@ -526,12 +493,9 @@ def main(args: Namespace) -> None:
     out = Path(args.out)
     if out.is_dir() or out.resolve() in [Path(path).resolve() for path in args.inputs]:
         raise ValueError(f"--out {out} is a folder, or an INPUT, which would be overwritten")
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
-    logging.disable_progress_bar()
     images = list_images(args.inputs)
-    for folder in (out.parent, Path(args.csv or out).parent, Path(args.plot or out.parent)):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (out.parent, args.plot or out.parent, Path(args.csv or out).parent):
+        os.makedirs(folder, exist_ok=True)
     predictor = load(args.model, args.device, args.dtype, args.prompt, args.base)
     records = predict_all(predictor, images, args)
     if not records:
@@ -540,13 +504,12 @@ def main(args: Namespace) -> None:
     if args.csv:
         write_livelink(Path(args.csv), records, args.fps)
     for index, (image, record) in enumerate(zip(images, records)):
-        if record["error"]:
-            print(f"failed: {image}: {record['error']}")
-        elif args.plot:
+        if args.plot and not record["error"]:
             chart = draw_chart(open_image(image), record)
-            chart.save(Path(args.plot, f"{index:06d}_{image.stem}.png"))
-    print(f"wrote {len(records)} records to {out}")
-    print(f"next, if you have the truth: python evaluate.py {out} [TRUTH; default: the demo's]")
+            chart.save(f"{args.plot}/{index:06d}_{image.stem}.png")
+    failed = [record for record in records if record["error"]]
+    print("wrote", out, "with", len(records), "records,", len(failed), "of them failures")
+    print("next, if you have the truth: python evaluate.py", out, "[TRUTH; default: the demo's]")
 
 if __name__ == "__main__":
     try:

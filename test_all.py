@@ -1020,7 +1020,7 @@ USER = '{"role": "user", "content": "<image>\\nRead."}'
     ("Read.\n", "Read."), ("A\n---\n\n Read.", "Read."), ('{"messages": [%s]}\n{}' % USER, "\nRead.")])
 def test_prompts_are_read(text, prompt, tmp_path):
     (tmp_path / "prompt").write_text("\ufeff" + text, encoding="utf-8")
-    assert infer.read_prompt(tmp_path / "prompt")["prompt"] == prompt
+    assert infer.read_prompt(tmp_path / "prompt")[1] == prompt
 
 @pytest.mark.parametrize("text", [
     "", " \n", "A\n---\n ", "Look <image> here.", '[{"messages": [%s]}]' % USER, '{"prompt": "Read."}', "{torn",
