@@ -441,11 +441,12 @@ def make_llm(folder: Path, answer: str) -> Path:
     (make_answer(symmetry=" a\n \"wide\"  grin, \\o/ ", note=5), 'a "wide" grin, \\o/'), *((answer, None) for answer in (
         "calm", "{}", make_answer()[:-1], make_answer(symmetry=" "), make_answer(symmetry=None), make_answer(symmetry=["a"]),
         2 * make_answer(), "}{", '{"a": ' * 2000 + "}"))])
-def test_a_frozen_llm_writes_the_fields_and_rules_step_in_if_its_answer_is_not_valid(answer, symmetry, demo, tmp_path):
+def test_a_frozen_llm_writes_the_fields_and_rules_step_in_if_its_answer_is_not_valid(answer, symmetry, demo, tmp_path, capsys):
     llm, true = make_llm(tmp_path / "llm", answer), read_jsonl(demo / "val.jsonl")[:3]
     path = write_jsonl(tmp_path / "three.jsonl", [{**record, "image": None} for record in true])
     run_main(annotate, path, "--batch-size", 2, "--llm", llm, "--device", "cpu", "--out", tmp_path / "o.jsonl")
     annotator = str(llm) if symmetry else "rules"
+    assert repr({annotator: 3}) in capsys.readouterr().out
     for record, by_rules in zip(read_jsonl(tmp_path / "o.jsonl"), true, strict=True):
         words = {**dict.fromkeys(FIELDS, "quite calm"), "symmetry": symmetry} if symmetry else by_rules["description"]
         assert record == {**by_rules, "image": None, "description": words, "annotator": annotator}
@@ -658,6 +659,7 @@ def test_the_log_has_the_mean_loss_of_all_tokens(demo, tmp_path, monkeypatch):
              "--steps", 3, "--lr", 1e-9, "--no-replace-words", "--out", tmp_path / "new" / "run"]
     run_main(distill, *flags)
     line = read_jsonl(tmp_path / "new" / "run" / "log.jsonl")[0]
+    assert 0.1 < line["samples/s"] < 10_000
     model, data = make_dataset(demo, "semantic")
     args, losses = run_args(*flags), []
     order, val_records = distill.batch_order(8, args), distill.read_records(demo / "val.jsonl")
