@@ -45,7 +45,7 @@ ARKIT_NAMES = """
     browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft
     cheekSquintRight noseSneerLeft noseSneerRight tongueOut""".split()
 FIELDS = ["expression_category", "muscle_movements", "emotional_implication", "symmetry"]
-# Pillow cannot open .heic. It is listed so that frames are counted right and infer.py reports it.
+# Pillow cannot open .heic. It is listed so that the frame count is right and infer.py reports it.
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]  # all that Pillow may try
 EXPECTED = ("give a Live Link Face take (.csv), MediaPipe results (.json) or a .jsonl with one "
@@ -57,7 +57,7 @@ BANDS = [0.15, 0.4, 0.7]
 ADVERBS = ["", "slightly", "moderately", "strongly"]
 DEGREES = ["", "slight ", "", "strong "]  # prefixes of an emotion, by its strongest action's level
 # What to say about each action, with an adverb in place of *. Here and in EMOTIONS and GESTURES, a
-# key means all names that begin with it ("browDown": left and right). A "/" joins one per eye.
+# key means all names that begin with it ("browDown": left and right). "a/b" names one per eye.
 MOVEMENTS = {
     "Brows": {"browInnerUp": "inner brows * raised", "browOuterUp": "outer brow * raised",
               "browDown": "brow * lowered"},
@@ -205,7 +205,7 @@ LLM_PROMPT = """You are an expert in facial anatomy. Describe a face, given its 
 blendshape coefficients (0 to 1). Left and right are the subject's. Answer with one JSON object of
 four short texts: "expression_category" (the expression and its degree), "muscle_movements" (by
 region, with their intensity), "emotional_implication" (the emotion that they suggest) and
-"symmetry" (whether both sides of the face move alike). Active coefficients ({} at rest): """
+"symmetry" (whether both sides of the face move alike). Active coefficients ({} means none): """
 
 def make_chat(face: dict) -> list[dict]:
     """Returns the chat that asks for the description of a face (name -> 0..1)."""
@@ -281,7 +281,7 @@ def read_items(path: Path) -> list[tuple]:
     if path.suffix.lower() == ".csv":
         rows = csv.reader(lines)
         header = next(rows)
-        blanks = [""] * len(header)  # for a row that is cut
+        blanks = [""] * len(header)  # a truncated row must not lose its last columns
         return [(f"line {rows.line_num}", list(zip(header, row + blanks))) for row in rows if row]
     if path.suffix.lower() == ".json":
         text = text.replace('"face_blendshapes"', '"faceBlendshapes"')  # MediaPipe's Python names
@@ -336,7 +336,7 @@ def read_records(path: Path, args: argparse.Namespace, counts: Counter) -> dict:
             if args.identity:
                 record["identity"] = args.identity
             if record["image"]:
-                # write_records() makes it relative, and ".." after a symlink would lead elsewhere.
+                # write_records() makes it relative, which is only right without symlinks.
                 record["image"] = os.path.realpath(path.parent / record["image"])
             records[index] = record
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
@@ -355,7 +355,7 @@ def write_records(path: Path, records: list[dict], args: argparse.Namespace) -> 
     """Describes records and writes each as soon as it is ready."""
     folder = path.parent.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # Until it is complete, the file has a checksum of faces and model in its name, so that --resume
+    # While incomplete, the file has a checksum of faces and model in its name, so that --resume
     # never picks up a different run.
     checksum = zlib.crc32(json.dumps([args.llm, records]).encode())
     unfinished = Path(f"{path}.{checksum}")
@@ -401,7 +401,7 @@ def draw_sheet(path: str, records: dict) -> None:
 DARK, WHITE, RED = (40, 25, 25), (250, 250, 245), (205, 80, 80)
 CAVITY, TONGUE, GROOVE = (70, 15, 20), (225, 105, 120), (151, 73, 82)
 SUPERSAMPLE = 4  # drawn at 4 times the size, then averaged
-# A style for training and one only for testing. `line` scales line widths; proportions are ranges.
+# One style for training, one only for testing. `line` scales line widths; proportions are ranges.
 STYLES = {
     "cartoon": {"line": 1.0, "outline": 0.0, "irises": ["#50321a", "#32643c", "#3c6eaa", "#64646e"],
                 "skins": ["#fadcc4", "#f0c8aa", "#deb08c", "#be8c68", "#96684a", "#704c36"],
@@ -574,7 +574,7 @@ def draw_face(coefficients: dict, identity: str = "id000", size: int = 64,
     f = SimpleNamespace(**coefficients, **STYLES[style])  # f.jawOpen, ..., f.line, ...
     # The order of these lines decides which random number each feature gets.
     skins = list(map(ImageColor.getrgb, f.skins))
-    tone = rng.uniform(0, len(skins) - 1.001)  # below the last, so that one follows
+    tone = rng.uniform(0, len(skins) - 1.001)  # so that skins[int(tone) + 1] exists
     f.skin = mix(skins[int(tone)], skins[int(tone) + 1], tone % 1)
     f.lips = mix(f.skin, RED, rng.uniform(0.5, 0.9))
     f.hair = f.hairs[rng.integers(6)]

@@ -71,7 +71,7 @@ WARMUP_STEPS = 30  # steps of learning-rate warm-up
 SAVE_STEPS = 100  # steps between two saves, each with a line in the log
 VAL_RECORDS = 64  # for the validation loss, which only monitors the training
 LOADERS, BATCHES_AHEAD = 2, 4  # threads that read pictures, and batches they read ahead
-LOSS_LOGITS = 2**27  # logits held in memory at once: 0.5 GB, or 883 tokens of Qwen's vocabulary
+LOSS_LOGITS = 2**27  # logits held in memory at once: 0.5 GB, or 883 tokens with Qwen's vocabulary
 IGNORE_INDEX = -100  # the label of a token that is not supervised
 PROMPT_TOKEN, ANSWER_TOKEN, WORD_TOKEN = range(3)  # roles: WORD_TOKEN marks the description
 LORA_SCALE = 2  # alpha / r, so PEFT's lora_alpha is twice the rank
@@ -111,7 +111,7 @@ def parse_args(argv=None) -> Namespace:
 
 # ---- The answer and its supervision --------------------------------------------------------------
 # A training sequence is prompt_text(), which is not supervised, then an answer and <|im_end|>. The
-# model fills in the <slots> of the answer. Before words, the space is part of the first token.
+# model fills in the <slots>. No space precedes words, since it is part of their first token.
 WORDS = """1. **Facial Expression Category**:<expression_category>
 2. **Muscle Movements**:<muscle_movements>
 3. **Emotional Implication**:<emotional_implication>
@@ -120,7 +120,7 @@ NUMBERS = "{" + ", ".join(f'"{name[0].upper()}{name[1:]}": <{name}>' for name in
 ANSWERS = {"semantic": f"{WORDS}\n\n{NUMBERS}",  # the paper's order
            "numbers-first": f"{NUMBERS}\n\n{WORDS}", "numeric": NUMBERS}
 
-# infer.py has copies of the above, of the next three functions and, with more KINDS, of load_base.
+# Copied in infer.py: the above, answer_skeleton, prompt_text, open_image, load_base (more KINDS).
 def answer_skeleton(supervision: str) -> list[tuple]:
     """Returns the answer as (fixed text, slot that follows it) pairs. The last slot is None."""
     *parts, end = re.split("<(.+?)>", ANSWERS[supervision])  # text, slot, text, slot, ..., text
@@ -184,7 +184,7 @@ class FaceDataset:
     def batch(self, indices: list, seed: int | None = None) -> dict:
         """Collates examples. `seed` is for replace_words, so only training batches have one."""
         patches, grids, tokens = zip(*map(self.example, indices))
-        # Both are padded on the right with 0, the role of the prompt, so padding has no loss.
+        # Ids and roles are right-padded with 0, the role of the prompt, so padding has no loss.
         ids, roles = nn.utils.rnn.pad_sequence(tokens, batch_first=True).unbind(-1)  # (B, T) each
         labels = ids.where(roles != PROMPT_TOKEN, IGNORE_INDEX)  # (B, T)
         if self.replaces_words and seed is not None:
@@ -253,27 +253,27 @@ def batch_order(count: int, args: Namespace) -> list:
 
 def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset,
           args: Namespace) -> None:
-    """Trains from step args.done on. main() also adds rank, world_size and samples_per_step."""
+    """Trains from step args.done on. main() has set it, args.rank (of the process) and so on."""
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     batches = load_batches(dataset, args, args.done * args.grad_accum)
     began, losses = time.time(), []
 
     for step in tqdm(range(args.done, args.steps), disable=True if args.rank else None):
-        # Each loss is divided by the number of supervised tokens over all passes and processes.
-        # Summed, the gradients are then those of one large batch.
-        passes = list(islice(batches, args.grad_accum))
-        count = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in passes).to(model.device)
+        # Each loss is divided by the number of supervised tokens in all micro-batches of all
+        # processes. Summed, the gradients are then those of one large batch.
+        parts = list(islice(batches, args.grad_accum))  # the micro-batches
+        count = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in parts).to(model.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(count)
 
         # Forward and backward.
         loss = 0.0
-        for batch in passes:
+        for batch in parts:
             with autocast:
-                part = answer_loss(model, batch) / count
-            part.backward()
-            loss += part.detach()
+                part_loss = answer_loss(model, batch) / count
+            part_loss.backward()
+            loss += part_loss.detach()
 
         # Sum over processes, clip, and step.
         if args.world_size > 1:
@@ -405,7 +405,7 @@ def load_pretrained(args: Namespace) -> tuple:
                 model.set_submodule(path, LoraLinear(module, args.lora_rank))
     if args.checkpointing:
         model.activation_checkpointing_enable()
-        # The call above makes the inputs of layers require gradients, with which Qwen2.5-VL would
+        # The call above also makes layer inputs require gradients, which would make Qwen2.5-VL
         # backpropagate through its frozen vision encoder.
         model.disable_input_require_grads()
     if args.compile and args.device != "cpu":
@@ -415,7 +415,7 @@ def load_pretrained(args: Namespace) -> tuple:
     return model, *processors
 
 # ---- The demo's tiny model: skip if you use a pretrained one -------------------------------------
-# It starts from random weights, with its own tokenizer, optimizer and partly random input words.
+# It starts from random weights and has its own tokenizer, optimizer and partly random input words.
 MUON_ROWS = 96  # rows per block, see Muon; divides the rows of every matrix of the tiny model
 # Qwen-VL's special tokens and the config fields that hold their ids.
 SPECIAL = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id",
@@ -459,7 +459,7 @@ def build_tiny(records: list) -> tuple:
                    "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
         text_config=text_config, vision_config=TINY_VISION, tie_word_embeddings=True, **ids))
-    nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)  # as large as patches are
+    nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)  # as patch embeddings
     return model, tokenizer, Qwen2VLImageProcessorPil(**TINY_PIXELS)
 
 def replace_words(input_ids: Tensor, is_word: Tensor, rng: torch.Generator) -> Tensor:
@@ -491,7 +491,7 @@ class Muon(torch.optim.Optimizer):
                 gram = x @ x.mT  # (blocks, MUON_ROWS, MUON_ROWS)
                 factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 x = torch.baddbmm(x, factor, x, beta=3.4445)  # (blocks, MUON_ROWS, in)
-            scale = 0.2 * math.sqrt(x.shape[-1])  # for a root mean square of 0.2, as AdamW's
+            scale = 0.2 * math.sqrt(x.shape[-1])  # gives an RMS of 0.2, like AdamW's
             p.mul_(1 - group["lr"] * ADAMW["weight_decay"])
             p.sub_(x.view_as(p), alpha=group["lr"] * scale)
 
@@ -511,7 +511,7 @@ def main(args: Namespace) -> None:
     if args.resume:
         state = torch.load(out / "state.pt", map_location="cpu")
         vars(args).update(state["args"], out=args.out, device=args.device)
-        if "answer" not in args:  # a run of the first edition, which wrote answers as JSON
+        if "answer" not in args:  # of an earlier version, which wrote words as JSON
             raise ValueError(f"{out} was trained with another answer form; train again")
     else:
         out.mkdir(parents=True, exist_ok=True)

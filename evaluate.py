@@ -111,7 +111,7 @@ def correlations(predicted: ndarray, true: ndarray) -> tuple[ndarray, ndarray]:
 
 def uncertainty(std: ndarray, predicted: ndarray, true: ndarray) -> dict:
     """Returns the share of errors within one and two predicted standard deviations (N, C) of the
-    active coefficients. A normal distribution has 68% and 95%. Empty if none is active."""
+    active coefficients. For a normal distribution: 68% and 95%. Empty if none is active."""
     counted = (true >= ACTIVE) & (std >= 0)  # std is NaN if a record has none
     if not counted.any():
         return {}
@@ -131,7 +131,7 @@ def agreement(predictions: list, truth: list) -> dict:
     result = {field: sum(p[field] == t[field] for p, t in pairs) / len(pairs)
               for field in ("expression_category", "symmetry")}
 
-    # A word that occurs twice in both descriptions is two hits.
+    # A word that occurs twice in both descriptions counts as two hits.
     hits = total = 0
     for pair in pairs:
         words, true_words = [Counter(re.findall(r"\w+", description["muscle_movements"].lower()))
@@ -154,7 +154,7 @@ def intervals(predicted: dict, true: ndarray, people: list, seed: int) -> dict:
         groups = np.arange(len(people))
     sizes = np.bincount(groups)  # (G,)
 
-    # A sample draws as many groups as there are, with replacement, the same for every file.
+    # Each sample draws G groups with replacement, the same ones for every file.
     rmse = {}  # samples (R,) per file
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(sizes), size=(RESAMPLES, len(sizes)))  # (R, G)
@@ -195,7 +195,7 @@ def vertex_error(predicted: ndarray, true: ndarray, deltas: ndarray) -> float:
 # ---- Reading and matching ------------------------------------------------------------------------
 def to_array(values: dict) -> ndarray:
     """Returns the 52 values as (C,). Raises ValueError unless they are from 0 to 1."""
-    array = np.array([values[name] for name in ARKIT_NAMES], dtype=float)
+    array = np.array([values[name] for name in ARKIT_NAMES])
     if not (array.min() >= 0 and array.max() <= 1):  # also rejects NaN
         raise ValueError("a value is not between 0 and 1")
     return array
@@ -227,13 +227,13 @@ def match(files: list, tables: list) -> list:
     """Returns a list of records per file, all of the same images. An image with an "error" in any
     file is left out. Raises ValueError unless all files cover the images of the last, the truth.
     """
-    truth = tables[-1]
-    failed = set()
-    for file, table in zip(files, tables):
+    truth, failed = tables[-1], set()
+    for table in tables:
         failed |= {image for image in table if table[image].get("error")}
+    for file, table in zip(files, tables):
         different = (table.keys() ^ truth.keys()) - failed
         if different:
-            raise ValueError(f"{file} and {files[-1]} differ in pictures such as {min(different)}")
+            raise ValueError(f"{file} and {files[-1]} have different pictures: {min(different)}")
     images = [image for image in truth if image not in failed]
     return [[table[image] for image in images] for table in tables]
 
@@ -303,7 +303,7 @@ def main(args: Namespace) -> None:
     # Compare. Parts, words and standard deviations are those of the first file.
     first = predicted[files[0]]
     arrays = predicted | baselines
-    by = np.array([str(record.get(args.by)) for record in truth] if args.by else [])
+    by = np.array([str(record.get(args.by)) for record in truth if args.by])
     rows = {name: metrics(array, true) for name, array in arrays.items()}
     if args.rig:
         deltas = read_rig(Path(args.rig))
@@ -329,7 +329,7 @@ def main(args: Namespace) -> None:
     if trained_on:
         print(len(trained_on), "of", len(set(people)), "people are also in the training records: "
               "this is not a result across identities")
-    print(f"every number is in {args.out}\nnext: python annotate.py {files[0]} --sheet faces.jpg")
+    print("all numbers are in", args.out, "\nnext: python annotate.py", files[0], "--sheet faces.jpg")
 
 if __name__ == "__main__":
     try:

@@ -80,7 +80,7 @@ def parse_args(argv=None) -> Namespace:
     return parser.parse_args(argv)
 
 # ---- Forced decoding -----------------------------------------------------------------------------
-# An answer with <slots>. Its fixed texts are fed, the model fills in the slots.
+# An answer with <slots>. The fixed texts are fed in, and the model fills the slots.
 WORDS = """1. **Facial Expression Category**:<expression_category>
 2. **Muscle Movements**:<muscle_movements>
 3. **Emotional Implication**:<emotional_implication>
@@ -107,7 +107,7 @@ class State:
     def feed(self, ids: Tensor, mask: Tensor | int = 1) -> Tensor:
         """Appends tokens (B, n), padding where `mask` is 0. Returns hidden states (B, n, D)."""
         self.mask = torch.cat([self.mask, mask * torch.ones_like(ids)], dim=1)  # (B, T)
-        # An image uses fewer positions than it has tokens: rope_deltas (B, 1) is the difference.
+        # Images use fewer positions than tokens. Their prompt has set the difference, rope_deltas.
         positions = self.mask.cumsum(dim=1) - 1 + self.model.model.rope_deltas  # (B, T)
         hidden = self.model.model(
             input_ids=ids, attention_mask=self.mask, past_key_values=self.cache,
@@ -162,7 +162,7 @@ def decode_numbers(state: State, fixed_texts: list, value_ids: Tensor) -> tuple:
         if torch.equal(tokens, fed):
             return probabilities, choice
 
-        # Take back everything from the first token that changed in any answer, and feed it again.
+        # Remove (crop < 0) all from the first token that changed in any answer, and feed it again.
         start = (tokens != fed).any(dim=0).tolist().index(True)
         state.cache.crop(start - len(block))
         state.mask = state.mask[:, :start - len(block)]
@@ -182,8 +182,8 @@ def read_numbers(weight: Tensor, hidden: Tensor, value_ids: Tensor) -> tuple:
     is_one = units.argmax(dim=-1) == 1  # (B, C)
     choice = torch.where(is_one, 10, tenths.argmax(dim=-1))
 
-    # The tenths after "0." are unknown where "1" is chosen, since "1" was fed. There, all of "0"
-    # counts as 0.9: if "0" has 0.3 and "1" has 0.7, then 0.9 gets 0.3 and 1.0 gets 0.7.
+    # The tenths after "0." are unknown where "1" is chosen, since "1" was fed. For those, the
+    # probability of "0" goes to 0.9: if "0" has 0.3 and "1" has 0.7, 0.9 gets 0.3 and 1.0 gets 0.7.
     tenths[is_one, 9] = 1e9  # leaves a probability of 0 to all others
     zero, one = units.softmax(dim=-1).split(1, dim=-1)  # (B, C, 1) each
     return torch.cat([zero * tenths.softmax(dim=-1), one], dim=-1), choice
@@ -228,7 +228,7 @@ def read_prompt(path: Path) -> tuple:
     text = path.read_text(encoding="utf-8-sig").lstrip()
     system, _, prompt = map(str.strip, text.rpartition("\n---\n"))
     try:
-        if text.startswith(("{", "[")):  # an array has no messages, so it is refused
+        if text.startswith(("{", "[")):  # an array has no "messages", so it fails
             turns = {turn["role"]: turn["content"]
                      for turn in json.loads(text.split("\n")[0])["messages"]}
             system, prompt = turns.get("system"), turns["user"].removeprefix("<image>")
@@ -267,7 +267,7 @@ def load(model_dir: str, device: str = "cpu", dtype: str | None = None,
     predictor = Namespace(supervision=None, max_pixels=MAX_PIXELS, system=None)
     if (folder / "run.json").is_file():
         vars(predictor).update(json.loads((folder / "run.json").read_bytes()))
-        if "answer" not in predictor:  # a run of the first edition, which wrote answers as JSON
+        if "answer" not in predictor:  # of an earlier version, which wrote words as JSON
             raise ValueError(f"{folder} was trained with another answer form; train again")
     elif not prompt_file:
         raise ValueError(f"{folder} holds no run of distill.py, and any other model needs --prompt")
@@ -309,7 +309,7 @@ def load_adapter(folder: Path, base: str | None, dtype: torch.dtype) -> tuple:
             weight = model.get_parameter(f"{stem}.weight".removeprefix("base_model.model."))
             update = config["lora_alpha"] / config["r"] * high @ low  # (out, in)
             fits = [len(low), *update.shape] == [config["r"], *weight.shape]
-            # lm_head may share its weight with embed_tokens. One byte is too coarse to add to.
+            # lm_head may share its weight with embed_tokens. A one-byte weight is too coarse.
             may_be_tied = re.search("embed_tokens|lm_head", stem)
             if not fits or may_be_tied or weight.element_size() < 2:
                 raise ValueError(f"{stem} fits no weight that may be changed")
@@ -430,8 +430,8 @@ def predict_all(predictor: Namespace, images: list, args: Namespace) -> list:
     share = np.array_split(images, world_size)[rank]
     done = len(complete_lines(parts[rank])) if args.resume else 0
 
-    # A picture is named by its path relative to the folder of --out. list_images() has resolved
-    # symlinks, with which ".." would lead to the wrong folder.
+    # A picture is named by its path relative to the folder of --out, which is only right without
+    # symlinks. list_images() has resolved them.
     folder = out.parent.resolve()
     with parts[rank].open("a" if done else "w") as file:
         for start in tqdm(range(done, len(share), args.batch_size), disable=rank > 0):
@@ -459,7 +459,7 @@ def write_livelink(path: Path, records: list, fps: int) -> None:
         for k, record in enumerate(records):
             if record["error"]:
                 continue
-            # A second has 60,000 ticks, which are thousandths of a sixtieth.
+            # A tick is a thousandth of a sixtieth, so a second has 60,000.
             seconds, ticks = divmod(round(60_000 * k / fps), 60_000)
             clock = str(timedelta(seconds=seconds)).zfill(8)  # 00:00:00
             clock += ":{:02d}.{:03d}".format(*divmod(ticks, 1000))

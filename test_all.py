@@ -422,7 +422,7 @@ def make_llm(folder: Path, answer: str) -> Path:
     """A chat model that writes `answer`, one token, and ends."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([answer])
-    tokenizer.chat_template = "{{ messages[0]['content'] }}Answer:"
+    tokenizer.chat_template = "{{ messages[0]['content'] }}Answer:{{ '?' if enable_thinking else '' }}"
     size, (colon, token) = 300, tokenizer.encode(":" + answer)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=size, hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -1283,9 +1283,9 @@ def test_people_who_are_also_in_the_training_records_are_counted(demo, tmp_path,
     assert "3 of 7 people are also in the training records" in capsys.readouterr().out
 
 @pytest.mark.parametrize("change, message", [
-    (lambda records: records[1:], "differ in pictures such as .*png"),
+    (lambda records: records[1:], "different pictures: .*png"),
     (lambda records: records + records[:1], "line 21: .*second record"),
-    (lambda records: records + [{**records[1], "image": "x.png"}], "differ in pictures such as .*x.png")])
+    (lambda records: records + [{**records[1], "image": "x.png"}], "different pictures: .*x.png")])
 def test_mismatches_are_refused(change, message, demo, tmp_path):
     records = [{**record, "image": str(demo / record["image"]), "error": None} for record in read_jsonl(demo / "val.jsonl")]
     assert_refused(message, evaluate, write_jsonl(tmp_path / "p.jsonl", change(records)), demo / "val.jsonl")
