@@ -329,7 +329,7 @@ def main(args: Namespace) -> None:
     if trained_on:
         print(len(trained_on), "of", len(set(people)), "people are also in the training records: "
               "this is not a result across identities")
-    print("all numbers are in", args.out, "\nnext: python annotate.py", files[0], "--sheet faces.jpg")
+    print("numbers are in", args.out, "\nnext: python annotate.py", files[0], "--sheet faces.jpg")
 
 if __name__ == "__main__":
     try:
