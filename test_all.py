@@ -652,14 +652,14 @@ def test_tiny_model_learns_faces_by_heart_and_its_words_fit_its_numbers(trained,
         assert results["models"][str(path)]["mae"] <= worst < as_array(read_jsonl(seen)).mean()
         assert results["description"]["f1"] > 0.7
 
-def test_the_log_has_the_mean_loss_of_all_tokens(demo, tmp_path, monkeypatch):
+def test_the_log_has_the_mean_loss_of_all_tokens(demo, tmp_path, monkeypatch, capsys):
     """The first two steps, before any real update. Each step has two passes of two faces."""
     monkeypatch.setattr(distill, "SAVE_STEPS", 2)
     flags = ["--data", first_records(demo, tmp_path, 8), "--val", demo / "val.jsonl", "--batch-size", 2, "--grad-accum", 2,
              "--steps", 3, "--lr", 1e-9, "--no-replace-words", "--out", tmp_path / "new" / "run"]
     run_main(distill, *flags)
     line = read_jsonl(tmp_path / "new" / "run" / "log.jsonl")[0]
-    assert 0.1 < line["samples/s"] < 10_000
+    assert 0.1 < line["samples/s"] < 10_000 and "step 2, loss " in capsys.readouterr().out
     model, data = make_dataset(demo, "semantic")
     args, losses = run_args(*flags), []
     order, val_records = distill.batch_order(8, args), distill.read_records(demo / "val.jsonl")
