@@ -358,7 +358,7 @@ def test_identity_is_the_flag_or_the_file_s_name_or_the_record_s(demo, tmp_path)
         assert {record["identity"] for record in read_input(path, *flags)[0]} == {expected}
 
 def test_a_byte_order_mark_blank_lines_and_line_separators_do_no_harm(record, tmp_path):
-    path, out = tmp_path / "labels.jsonl", tmp_path / "sub" / "o.jsonl"
+    path, out = tmp_path / "labels.jsonl", tmp_path / "sub" / "new" / "o.jsonl"
     record["identity"] = "a\u2028b\x85c"  # str.splitlines would cut here
     path.write_text(f"\ufeff{json.dumps(record, ensure_ascii=False)}\n\n  \n", encoding="utf-8")
     run_main(annotate, path, "--out", out)
@@ -731,6 +731,7 @@ def test_real_architectures_from_a_folder(kind, rank, demo, tmp_path, monkeypatc
         weights = load_file(run / "adapter_model.safetensors")
         config = json.loads((run / "adapter_config.json").read_text())
         assert len(changed) == 14 and len(weights) == 28 and (config["r"], config["lora_alpha"]) == (rank, 2 * rank)
+        assert predictor.trained_parameters == sum(weight.numel() for weight in weights.values())
         for stem in (name.removesuffix(".weight") for name in changed):
             low, high = (weights[f"base_model.model.{stem}.lora_{matrix}.weight"] for matrix in "AB")
             assert torch.allclose(after[f"{stem}.weight"], before[f"{stem}.weight"] + 2 * high @ low, atol=1e-6)
