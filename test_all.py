@@ -786,9 +786,10 @@ def test_a_field_of_the_description_becomes_one_line(record, tmp_path):
     assert records[0]["description"]["symmetry"] == "left right"
 
 @pytest.mark.parametrize("change, message", [
-    ({"image": None}, "line 2"), ({"image": "gone.png"}, "line 2: there is no picture .*gone.png"),
+    ({"image": None}, "line 2"), ({"image": "gone.png"}, "line 2: there is no picture .*gone.png"), ({"description": None}, "line 2"),
     *(({"description": {**dict.fromkeys(FIELDS, "a"), "symmetry": text}}, "line 2: symmetry")
-      for text in ("<|im_end|>", "so <|image_pad|>", " \n")), ({"description": None}, "line 2")])
+      for text in ("<|im_end|>", "so <|image_pad|>", " \n")),
+    *(({"coefficients": {**ZEROS, "jawOpen": value}}, "line 2: jawOpen is ") for value in (1.2, -0.1, math.nan))])
 def test_unusable_records_are_named_with_their_line(change, message, record, tmp_path):
     path = write_jsonl(tmp_path / "changed.jsonl", [record, {**record, **change}])
     assert_refused(message, distill, "--data", path, "--out", tmp_path / "new")
@@ -1029,9 +1030,8 @@ def test_prompts_are_read(text, prompt, tmp_path):
     "", " \n", "A\n---\n ", "Look <image> here.", '[{"messages": [%s]}]' % USER, '{"prompt": "Read."}', "{torn",
     *('{"messages": [{"role": "user", "content": %s}]}' % content for content in ('"Read <image>."', '[{"type": "text"}]'))])
 def test_files_without_a_prompt_are_refused(text, tmp_path):
-    path = tmp_path / "prompt.jsonl"
-    path.write_text(text)
-    assert_refused(f"--prompt {path}: .*expected a text file.*messages", infer.read_prompt, path)
+    (tmp_path / "prompt").write_text(text)
+    assert_refused("--prompt .*prompt: .*expected a text file.*messages", infer.read_prompt, tmp_path / "prompt")
 
 # ---- infer.py: pictures and files ------------------------------------------------------------------------------------
 def test_any_picture_is_answered_or_reported(trained, tmp_path):
@@ -1224,11 +1224,12 @@ def evaluated(folder: Path, *args) -> dict:
 
 def test_two_files_are_compared(demo, tmp_path):
     files = [noisy(demo, tmp_path, "good.jsonl", 0.02), noisy(demo, tmp_path, "bad.jsonl", 0.2)]
-    results = evaluated(tmp_path, *files, demo / "val.jsonl")
+    results = evaluated(tmp_path, *files, demo / "val.jsonl", "--plot", tmp_path / "plot.png")
     low, high = results["differences"][f"{files[1]} minus {files[0]}"]["rmse"]
     assert 0.05 < low < high < 0.25 and list(results["models"]) == [str(file) for file in files]
     assert list(results["baselines"]) == ["zeros", "training mean"]  # the mean of train.jsonl next to the truth
     assert results["by_region"]["jaw"]["rmse"] == pytest.approx(0.02, rel=0.6)  # of the first file
+    assert (np.asarray(Image.open(tmp_path / "plot.png")) == 0).sum() > 500  # dots and names
 
 def test_values_of_a_field_have_their_own_rows(demo, tmp_path):
     records, path = read_jsonl(demo / "val.jsonl"), noisy(demo, tmp_path, "p.jsonl", 0.1)
@@ -1240,19 +1241,18 @@ def test_values_of_a_field_have_their_own_rows(demo, tmp_path):
     assert {name: row["mae"] for name, row in rows.items()} == pytest.approx({name: part.mean() for name, part in parts.items()})
 
 def make_rig(folder: Path, unit: float) -> Path:
-    """52 points, where coefficient k lifts the k-th by `unit`. There is no tongue."""
+    """52 points, where coefficient k moves the k-th by `unit`, along x or z. There is no tongue."""
     folder.mkdir()
     for k, name in enumerate(["Neutral", *NAMES[:-1]]):
-        points = [(0.0, j * unit, unit * (j == k - 1)) for j in range(52)]
+        points = [(unit * (j == k - 1) * (k % 2), j * unit, unit * (j == k - 1) * (1 - k % 2)) for j in range(52)]
         (folder / f"{name}.obj").write_text("# face\n" + "".join(f"v {x} {y} {z}\n" for x, y, z in points) + "f 1 2 3\n")
     return folder
 
 def test_vertex_error_is_in_the_unit_of_the_rig(demo, tmp_path):
     path, unit = noisy(demo, tmp_path, "p.jsonl", 0.05), 100.0
     results = evaluated(tmp_path, path, demo / "val.jsonl", "--rig", make_rig(tmp_path / "rig", unit))
-    true = as_array(read_jsonl(demo / "val.jsonl"))
-    error = np.abs(as_array(read_jsonl(path)) - true)
-    assert results["models"][str(path)]["vertex"] == pytest.approx(unit * error[:, :51].sum(axis=1).mean() / 52)
+    true, predicted = (as_array(read_jsonl(file)) for file in (demo / "val.jsonl", path))
+    assert results["models"][str(path)]["vertex"] == pytest.approx(unit * np.abs(predicted - true)[:, :51].sum(axis=1).mean() / 52)
     assert results["baselines"]["zeros"]["vertex"] == pytest.approx(unit * true[:, :51].sum(axis=1).mean() / 52)
 
 @pytest.mark.parametrize("damage", [lambda file: file.write_text(file.read_text() + "v 0 0 0\n"), Path.unlink])
