@@ -118,7 +118,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 # ---- Describing by rules -------------------------------------------------------------------------
 @cache  # called for every face
-def sides(key: str) -> tuple[str, str]:
+def sides(key: str) -> tuple:
     """Returns the ARKit names of a table key: left and right, or the same name twice."""
     names = [name for name in ARKIT_NAMES if name.startswith(tuple(key.split("/")))]
     return names[0], names[-1]
@@ -173,7 +173,7 @@ def symmetry(levels: dict) -> str:
     found = ("stronger on ", uneven), ("mixed in the ", mixed)
     return "; ".join(how + ", ".join(where) for how, where in found if where) or "symmetric"
 
-def classify(levels: dict) -> tuple[str, str]:
+def classify(levels: dict) -> tuple:
     """Returns the expression category and what it implies. Compares the levels of the EXPRESSIVE
     actions with the prototype of each emotion, by cosine similarity."""
     length = math.hypot(*[levels[name] for name in EXPRESSIVE])

@@ -248,7 +248,7 @@ def batch_order(count: int, args: Namespace) -> list:
     sizes = args.steps * args.grad_accum, args.world_size, args.batch_size
     total = math.prod(sizes)
     rng = torch.Generator().manual_seed(args.seed)
-    epochs = [torch.randperm(count, generator=rng) for _ in range(math.ceil(total / count))]
+    epochs = [torch.randperm(count, generator=rng) for _ in range(0, total, count)]
     return torch.cat(epochs)[:total].view(sizes)[:, args.rank].tolist()  # (batches, B)
 
 def train(model: nn.Module, optimizers: list, dataset: FaceDataset, val_set: FaceDataset,

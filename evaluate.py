@@ -89,7 +89,7 @@ def metrics(predicted: ndarray, true: ndarray) -> dict:
         result["ccc"] = ccc[varies].mean()
     return {key: value.item() for key, value in result.items()}
 
-def correlations(predicted: ndarray, true: ndarray) -> tuple[ndarray, ndarray]:
+def correlations(predicted: ndarray, true: ndarray) -> tuple:
     """Returns Pearson's r and the concordance correlation (CCC), each (C,), of the matching columns
     of two arrays (N, C). Both are NaN where the truth does not vary.
 
