@@ -190,7 +190,6 @@ def assert_words_fit(face: dict, words: dict) -> None:
         assert second or degree == ["", "slight ", "", "strong "][level]
         corners = [side for side in ("Left", "Right") if true["mouthSmile" + side] or true["mouthDimple" + side]]
         assert "contempt" not in emotions or len(corners) == 1
-
     sides, said = {}, {}  # the sides of each region on which some pair is stronger
     for left, right in PAIRED.values():
         if true[left] != true[right] and not left.startswith("eyeLook"):
@@ -233,8 +232,7 @@ def test_description_of_known_faces(face, expected):
 LEFT_OUT = "records skipped (no face, no values or no prediction)"
 
 def read_input(path, *flags) -> tuple[list, Counter]:
-    counts = Counter()
-    args = annotate.parse_args([str(path), *map(str, flags)])
+    args, counts = annotate.parse_args([str(path), *map(str, flags)]), Counter()
     return list(annotate.read_records(Path(path), args, counts).values()), counts
 
 def make_take(folder: Path, count: int) -> Path:
@@ -518,8 +516,7 @@ def load_qwen(folder: Path):
 
 def make_dataset(demo: Path, supervision: str, folder: Path = None):
     """The tiny model, or that of a folder, and the first eight records."""
-    args = distill.parse_args(["--supervision", supervision])
-    records = distill.read_records(demo / "train.jsonl")[:8]
+    args, records = distill.parse_args(["--supervision", supervision]), distill.read_records(demo / "train.jsonl")[:8]
     torch.manual_seed(0)
     model, *processors = distill.load_base(folder, torch.float32) if folder else distill.build_tiny(records)
     return model, distill.FaceDataset(records, *processors, args)
@@ -656,8 +653,7 @@ def test_the_log_has_the_mean_loss_of_all_tokens(demo, tmp_path, monkeypatch, ca
     flags = ["--data", first_records(demo, tmp_path, 8), "--val", demo / "val.jsonl", "--batch-size", 2, "--grad-accum", 2,
              "--steps", 3, "--lr", 1e-9, "--no-replace-words", "--out", tmp_path / "new" / "run"]
     run_main(distill, *flags)
-    line = read_jsonl(tmp_path / "new" / "run" / "log.jsonl")[0]
-    out = capsys.readouterr().out
+    line, out = read_jsonl(tmp_path / "new" / "run" / "log.jsonl")[0], capsys.readouterr().out
     assert line["samples/s"] == 8 and "step 2, loss " in out  # two steps of four faces in one second
     assert out.startswith("settings: {") and f"next: python infer.py --model {flags[-1]}" in out
     model, data = make_dataset(demo, "semantic")
@@ -752,6 +748,7 @@ def test_a_split_step_equals_a_single_one(form, demo, qwen, tmp_path):
         run_in_two_processes("distill", *flags)
     (one,), (two,) = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert (one["step"], one["loss"], one["val_loss"]) == pytest.approx((3, two["loss"], two["val_loss"]), abs=1e-4)
+    assert [infer.load(tmp_path / name).samples_per_step for name in ("one", "two")] == [2, 2]
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
@@ -824,7 +821,8 @@ def test_a_pretrained_model_is_prepared_as_the_flags_say(device, checkpointing, 
     model, *_ = distill.load_pretrained(run_args("--model", qwen, "--device", device, *flags))
     layer = model.model.language_model.layers[0]
     assert layer.gradient_checkpointing == checkpointing and layer.input_layernorm.weight.dtype == dtype
-    assert compiled.mock_calls == ([] if device == "cpu" else 2 * [call(dynamic=True)])  # both layers
+    assert compiled.mock_calls == (2 * [call(dynamic=True)] if device == "cuda" else [])  # both layers
+    assert device == "cpu" or torch._dynamo.config.suppress_errors  # there may be no C compiler
     embedded = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long))
     assert embedded.requires_grad == (rank == 0) and not any(p.requires_grad for p in model.model.visual.parameters())
     if rank:  # PEFT draws A from U(-b, b), where b is 1 / sqrt(32) here, and sets B to 0
@@ -852,14 +850,14 @@ def test_forced_decoding_writes_what_generate_writes(batch_size, trained, demo):
     predictor = infer.load(trained)
     # Eight faces that were learnt, darker, and eight that were not: uncertain answers, but mostly complete.
     images = [infer.open_image(demo / record["image"]) for record in read_jsonl(demo / "train.jsonl")[:16]]
-    images[:8] = [image.point(lambda value: value * 0.9) for image in images[:8]]
+    images[:8], pairs = [image.point(lambda value: value * 0.9) for image in images[:8]], []
     # An answer counts if it has all headings and names, once and in order, and only the eleven values.
     slots = {**dict.fromkeys(NAMES, r"(0\.\d|1\.0)"), **dict.fromkeys(FIELDS, "[^\n]*"), None: ""}
     complete = "".join(re.escape(text) + slots[slot] for text, slot in infer.answer_skeleton("semantic"))
-    pairs = []
     for start in range(0, 16, batch_size):
         inputs = inputs_of(predictor, images[start:start + batch_size])
-        _, chosen, texts = infer.decode_answers(predictor, inputs)
+        shares, chosen, texts = infer.decode_answers(predictor, inputs)
+        assert shares.argmax(dim=-1).equal(chosen) and shares.sum(dim=-1).sub(1).abs().max() < 1e-5
         tokens = predictor.model.generate(**inputs, do_sample=False, max_new_tokens=250)
         answers = predictor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
         for written, row, words in zip(answers, chosen.tolist(), texts):
@@ -911,9 +909,11 @@ def greedy_answer(predictor, picture: Image.Image, limit: int) -> tuple[list, li
 def test_every_token_is_greedy(supervision, tmp_path, monkeypatch):
     predictor, written, decode_text = sharpened(tmp_path / "hub"), [], infer.decode_text
     predictor.supervision = supervision
-    monkeypatch.setattr(infer, "decode_text", lambda *args: written.append(decode_text(*args[:3], 6)) or written[-1])
+    decode = Mock(side_effect=lambda *args: written.append(decode_text(*args[:3], 6)) or written[-1])
+    monkeypatch.setattr(infer, "decode_text", decode)
     pictures = make_noise((64, 64), (96, 64))
     shares, chosen, _ = infer.decode_answers(predictor, inputs_of(predictor, pictures))
+    assert {call.args[2] for call in decode.mock_calls} == {"\n" if supervision else "{"}  # what ends a text
     assert shares.sum(dim=-1).numpy() == pytest.approx(1.0, abs=1e-5) and len(chosen.unique()) >= 8
     for row, picture in enumerate(pictures):
         assert ([texts[row] for texts in written], chosen[row].tolist()) == greedy_answer(predictor, picture, 6)
@@ -1240,11 +1240,11 @@ def test_values_of_a_field_have_their_own_rows(demo, tmp_path):
     assert {name: row["mae"] for name, row in rows.items()} == pytest.approx({name: part.mean() for name, part in parts.items()})
 
 def make_rig(folder: Path, unit: float) -> Path:
-    """52 points, where coefficient k moves the k-th by `unit`, along x or z. There is no tongue."""
+    """52 points with colors. Coefficient k moves the k-th by `unit`, along x or z. There is no tongue."""
     folder.mkdir()
     for k, name in enumerate(["Neutral", *NAMES[:-1]]):
         points = [(unit * (j == k - 1) * (k % 2), j * unit, unit * (j == k - 1) * (1 - k % 2)) for j in range(52)]
-        (folder / f"{name}.obj").write_text("# face\n" + "".join(f"v {x} {y} {z}\n" for x, y, z in points) + "f 1 2 3\n")
+        (folder / f"{name}.obj").write_text("# face\n" + "".join(f"v {x} {y} {z} 0.5 0.5 0.5\n" for x, y, z in points) + "f 1 2 3\n")
     return folder
 
 def test_vertex_error_is_in_the_unit_of_the_rig(demo, tmp_path):
