@@ -826,7 +826,7 @@ def test_a_pretrained_model_is_prepared_as_the_flags_say(device, checkpointing, 
     embedded = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long))
     assert embedded.requires_grad == (rank == 0) and not any(p.requires_grad for p in model.model.visual.parameters())
     if rank:  # PEFT draws A from U(-b, b), where b is 1 / sqrt(32) here, and sets B to 0
-        assert 0.9 < layer.mlp.up_proj.lora_A.abs().max() * 32 ** 0.5 <= 1 and not layer.mlp.up_proj.lora_B.any()
+        assert 0.95 < layer.mlp.up_proj.lora_A.abs().max() * 32 ** 0.5 <= 1 and not layer.mlp.up_proj.lora_B.any()
 
 def test_the_demo_is_drawn_if_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
