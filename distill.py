@@ -446,8 +446,8 @@ def build_tokenizer(records: list) -> PreTrainedTokenizerFast:
             phrases.update(re.findall(r"[,.;]?[^,.;:]+:?", " " + text))
     pieces = [PROMPT, "user\n", "assistant\n", *VALUES]
     pieces += [phrase for phrase, _ in phrases.most_common(1000)]
-    for answer in ANSWERS.values():
-        pieces += re.split("<.+?>", answer)  # its fixed texts
+    for supervision in ANSWERS:
+        pieces += [fixed_text for fixed_text, _ in answer_skeleton(supervision)]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     return tokenizer
 
